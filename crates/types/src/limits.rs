@@ -1,0 +1,45 @@
+//! The ranges that requests must keep to, in one place: validation, documentation and error texts read them from here.
+
+use std::ops::RangeInclusive;
+
+/// vCPUs of a VM.
+pub const CPU: RangeInclusive<u32> = 1..=8;
+/// Memory of a VM, in MiB.
+pub const MEM_MB: RangeInclusive<u32> = 128..=8192;
+/// Disk (writable layer) of a VM, in MiB.
+pub const DISK_MB: RangeInclusive<u32> = 64..=512_000;
+/// Disk of a VM whose creator named none, in MiB.
+pub const DISK_MB_DEFAULT: u32 = 1024;
+/// Entries of `allowIps`.
+pub const ALLOW_IPS_MAX: usize = 256;
+/// Length of an exec's command, in bytes.
+pub const EXEC_CMD_BYTES: RangeInclusive<usize> = 1..=131_072;
+/// An exec's time limit when it names none, in milliseconds.
+pub const EXEC_TIMEOUT_MS_DEFAULT: u64 = 30_000;
+/// Each of stdout and stderr of an exec is cut at this many bytes.
+pub const EXEC_OUTPUT_BYTES: usize = 1_048_576;
+/// Environment variables of one exec.
+pub const ENV_VARS_MAX: usize = 256;
+/// Bytes of one environment variable, name and value.
+pub const ENV_VAR_BYTES: usize = 32_768;
+/// Bytes of all environment variables of one exec together.
+pub const ENV_BYTES: usize = 262_144;
+/// Length of a path, in bytes (Linux's `PATH_MAX`).
+pub const PATH_BYTES: usize = 4096;
+/// Lines of a log tail.
+pub const LOG_TAIL: RangeInclusive<u32> = 1..=1000;
+/// Lines of a log tail when the request names none.
+pub const LOG_TAIL_DEFAULT: u32 = 200;
+/// Length of an `Idempotency-Key`, in visible ASCII characters.
+pub const IDEMPOTENCY_KEY_CHARS: RangeInclusive<usize> = 1..=255;
+/// Length of a name (account, API key, image), in characters.
+pub const NAME_CHARS: RangeInclusive<usize> = 1..=100;
+/// Processes and threads that a guest may have at once.
+pub const GUEST_PIDS: u32 = 1024;
+
+/// Whether `name` is an environment variable's name: `[A-Za-z_][A-Za-z0-9_]*`.
+pub fn is_env_name(name: &str) -> bool {
+    let mut bytes = name.bytes();
+    bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_')
+        && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_')
+}
