@@ -1,0 +1,31 @@
+//! All of Tiffin's SQL: accounts, API keys, images, VMs and idempotency keys, in SQLite or Postgres.
+//!
+//! Invariants: one SQL text serves both databases; every operation is one statement or one transaction, and no
+//! transaction is held across anything but the database; every transaction begins with a write, because SQLite refuses
+//! (`database is locked`, however long one is ready to wait) to let one that has read become a writer after another
+//! has written; a VM's state changes by compare-and-set only; a corrupt row is an error, never a panic.
+//! It knows nothing of HTTP, engines or files, and doesn't judge keys: it keeps what the server decides.
+
+mod accounts;
+mod api_keys;
+mod error;
+mod idempotency;
+mod images;
+mod open;
+mod quota;
+mod row;
+mod vms;
+
+pub use accounts::{Account, NewAdminKey};
+pub use api_keys::{ApiKey, NewApiKey};
+pub use error::StoreError;
+pub use idempotency::Idempotency;
+pub use images::{Image, NewImage};
+pub use quota::QuotaExceeded;
+pub use vms::{Change, Desired, Inserted, NewVm, Reserve, Vm};
+
+/// The database. Cheap to clone: clones share one bounded pool of connections.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: sqlx::AnyPool,
+}

@@ -1,0 +1,92 @@
+//! Making a VM's record: once per idempotency key, and only within the account's quota.
+
+use sqlx::AnyConnection;
+use tiffin_types::{account::Quota, time::Timestamp, vm::VmState};
+
+use super::{Desired, Inserted, NewVm, Vm, json, provision_mode_name, vm_from};
+use crate::{
+    Idempotency, Store, StoreError,
+    idempotency::{self, Known},
+    quota,
+    row::returned,
+};
+
+impl Store {
+    /// Makes a VM's record, in one transaction with the check of the account's quota and of the idempotency key.
+    /// The VM counts as up at once, as it is about to start. An account that doesn't exist or an id that is taken is a
+    /// [`StoreError::Conflict`].
+    pub async fn vm_insert(
+        &self,
+        new: &NewVm,
+        quota: &Quota,
+        idempotency: Option<Idempotency<'_>>,
+    ) -> Result<Inserted, StoreError> {
+        let mut tx = self.pool.begin().await?;
+        let inserted = insert_checked(new, quota, idempotency, &mut tx).await?;
+        match inserted {
+            Inserted::New(_) => tx.commit().await?,
+            Inserted::Replay(_) | Inserted::KeyReused | Inserted::OverQuota(_) => tx.rollback().await?,
+        }
+        Ok(inserted)
+    }
+}
+
+async fn insert_checked(
+    new: &NewVm,
+    limits: &Quota,
+    idempotency: Option<Idempotency<'_>>,
+    tx: &mut AnyConnection,
+) -> Result<Inserted, StoreError> {
+    if !quota::lock_account(&new.account_id, tx).await? {
+        return Err(StoreError::Conflict(format!("no account {}", new.account_id)));
+    }
+    if let Some(asked) = &idempotency {
+        match idempotency::find(&new.account_id, asked, tx).await? {
+            Known::Unused => {}
+            Known::OtherRequest => return Ok(Inserted::KeyReused),
+            Known::SameRequest(id) => {
+                let row = sqlx::query(concat!("SELECT ", columns!(), " FROM vms WHERE id = $1"))
+                    .bind(id.as_str())
+                    .fetch_one(tx)
+                    .await?;
+                return Ok(Inserted::Replay(vm_from(&row)?));
+            }
+        }
+    }
+    let used = quota::usage(&new.account_id, None, &mut *tx).await?;
+    if let Err(exceeded) = quota::check_new(limits, &used, &new.size) {
+        return Ok(Inserted::OverQuota(exceeded));
+    }
+    let vm = insert(new, tx).await?;
+    if let Some(asked) = &idempotency {
+        idempotency::remember(&new.account_id, asked, &vm.id, vm.created_at, tx).await?;
+    }
+    Ok(Inserted::New(vm))
+}
+
+async fn insert(new: &NewVm, tx: &mut AnyConnection) -> Result<Vm, StoreError> {
+    let statement = sqlx::query(concat!(
+        "INSERT INTO vms (id, account_id, image_id, image_digest, engine, isolation, cpus, mem_mb, disk_mb, egress,
+             state, desired, provision_mode, created_at, updated_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14) RETURNING ",
+        columns!()
+    ))
+    .bind(new.id.as_str())
+    .bind(new.account_id.as_str())
+    .bind(new.image_id.as_str())
+    .bind(new.image_digest.as_str())
+    .bind(new.engine.as_str())
+    .bind(new.isolation.as_str())
+    .bind(i64::from(new.size.cpus))
+    .bind(i64::from(new.size.mem_mb))
+    .bind(i64::from(new.size.disk_mb))
+    .bind(json(&new.egress))
+    .bind(VmState::Created.as_str())
+    .bind(Desired::Running.as_str())
+    .bind(provision_mode_name(new.provision_mode))
+    .bind(Timestamp::now().as_millis());
+    let row = returned(statement, tx)
+        .await
+        .map_err(|error| StoreError::or_conflict(error, format!("{} exists or its size is zero", new.id)))?;
+    vm_from(&row.ok_or(sqlx::Error::RowNotFound)?)
+}

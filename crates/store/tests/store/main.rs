@@ -1,0 +1,118 @@
+//! The store's behaviour, on both databases: every case below runs on a fresh SQLite file and on a fresh database of a
+//! real Postgres, from the same body.
+//!
+//! On SQLite each case is a test of its own. On Postgres all of them are one test, because the server that it starts
+//! (and stops, whatever happens) costs more than the cases do.
+
+#![allow(clippy::unwrap_used, reason = "a failing test is what a panic is for")]
+
+mod accounts;
+mod api_keys;
+mod fixtures;
+mod idempotency;
+mod images;
+mod open;
+mod postgres;
+mod quota;
+mod sqlite_only;
+mod vms;
+
+use fixtures::Db;
+
+macro_rules! cases {
+    ($($module:ident { $($case:ident,)+ })+) => {
+        mod sqlite {
+            $(mod $module {
+                $(#[tokio::test(flavor = "multi_thread")]
+                async fn $case() {
+                    let folder = tempfile::tempdir().unwrap();
+                    crate::$module::$case(crate::Db::sqlite(folder.path())).await;
+                })+
+            })+
+        }
+
+        const CASES: &[(&str, fn(Db) -> Case)] = &[
+            $($((concat!(stringify!($module), "::", stringify!($case)), |db| Box::pin($module::$case(db))),)+)+
+        ];
+    };
+}
+
+type Case = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+cases! {
+    open {
+        opening_again_keeps_the_data_and_runs_no_migration_twice,
+        servers_that_open_an_empty_database_at_once_all_succeed,
+        a_database_of_a_newer_version_is_refused,
+        ping_answers_until_the_store_is_closed,
+    }
+    accounts {
+        an_account_reads_back_and_its_name_is_taken,
+        a_quota_can_be_changed,
+        the_first_start_happens_once_however_many_race,
+        there_is_no_first_start_once_there_is_an_account,
+        a_first_start_that_fails_can_be_tried_again,
+        a_corrupt_account_is_an_error_that_names_it,
+    }
+    api_keys {
+        a_key_is_found_by_its_prefix_with_its_hash,
+        a_key_needs_a_free_prefix_an_account_and_a_scope,
+        a_key_is_revoked_once_and_for_good,
+        last_use_only_moves_forward,
+        keys_are_listed_by_account,
+        a_corrupt_key_is_an_error_that_does_not_show_the_hash,
+    }
+    images {
+        an_account_sees_its_own_images_and_the_shared_ones,
+        only_a_shared_image_becomes_the_default,
+        there_is_exactly_one_default_however_many_race,
+        an_image_is_found_by_digest_shared_ones_first,
+        digests_of_images_and_of_vms_that_exist_are_in_use,
+        an_image_of_no_account_is_refused,
+    }
+    vms {
+        a_new_vm_reads_back_to_its_own_account_alone,
+        a_vm_goes_through_its_life_with_times_and_end,
+        of_two_that_move_a_vm_one_wins,
+        a_transition_that_the_table_refuses_is_a_conflict,
+        a_vm_to_be_deleted_stays_so_and_does_not_start,
+        deleted_vms_are_kept_but_not_listed,
+        vms_are_counted_by_state,
+        a_corrupt_vm_is_an_error_that_names_it,
+        a_vm_needs_an_account_and_a_free_id,
+    }
+    quota {
+        of_32_inserts_at_once_exactly_the_quota_succeeds,
+        a_vm_that_is_down_counts_for_disk_and_number_only,
+        each_part_of_the_quota_is_enforced_by_name,
+        a_start_over_the_quota_changes_nothing,
+        of_starts_at_once_only_what_fits_succeeds,
+        a_new_vm_does_not_count_twice_when_it_starts,
+        accounts_do_not_share_a_quota,
+    }
+    idempotency {
+        the_same_request_again_gets_the_same_vm,
+        a_key_of_another_request_is_refused,
+        a_key_is_its_accounts_own,
+        of_requests_with_one_key_at_once_one_makes_the_vm,
+        a_refused_request_leaves_its_key_unused,
+        pruned_keys_are_forgotten,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_case_holds_on_postgres() {
+    let cluster = postgres::Cluster::start().await;
+    postgres::no_statement_or_idle_transaction_lasts_for_ever(cluster.database(CASES.len()).await).await;
+    let mut failed = Vec::new();
+    for (number, (name, case)) in CASES.iter().enumerate() {
+        let db = cluster.database(number).await;
+        // A task of its own, so that a panic fails this case and the others still run.
+        let mut task = tokio::task::JoinSet::new();
+        task.spawn(case(db));
+        if task.join_next().await.expect("one task was spawned").is_err() {
+            failed.push(*name);
+        }
+    }
+    assert!(failed.is_empty(), "failed on Postgres: {failed:#?}");
+}
