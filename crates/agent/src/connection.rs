@@ -1,0 +1,109 @@
+//! One connection: one request, one answer.
+//!
+//! Invariant: exactly one last frame, `Done` or `Failed`, unless the host has closed the connection or was too slow.
+
+use std::net::{IpAddr, Shutdown as Direction, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::json;
+use tiffin_protocol::{Boot, Failure, FailureCode, Kind, Op, Pong, encode};
+
+use crate::exec::{self, Ended, Guest};
+use crate::jobs::Jobs;
+use crate::reaper::Reaper;
+use crate::request::{failure, parse};
+use crate::wire::{First, WireError, read_first, write_all};
+
+/// How long a request may take to arrive.
+pub const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the host may take to accept an answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the host may take to close after the guest's last answer.
+const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+
+/// What every connection shares.
+#[derive(Debug)]
+pub struct Service {
+    token: String,
+    addresses: Vec<IpAddr>,
+    guest: Guest,
+}
+
+impl Service {
+    /// The service of a guest that was booted by `boot`.
+    pub fn new(boot: Boot, jobs: Jobs, reaper: Arc<Reaper>) -> Self {
+        let addresses = boot.addresses.iter().filter_map(|address| address.parse().ok()).collect();
+        Service { token: boot.token, addresses, guest: Guest { jobs, reaper } }
+    }
+
+    /// The guest's own addresses.
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
+    /// Serves one connection to its end.
+    pub fn serve(&self, socket: &TcpStream) {
+        // Output goes out as it comes; a socket that refuses this is only slower.
+        let _ = setsockopt(socket, sockopt::TcpNoDelay, &true);
+        let first = match read_first(socket, Instant::now() + REQUEST_LIMIT) {
+            Ok(first) => first,
+            Err(error @ (WireError::Frame(_) | WireError::Late)) => {
+                return fail(socket, &failure(FailureCode::BadRequest, &error.to_string()));
+            }
+            Err(WireError::Closed | WireError::Socket(_)) => return,
+        };
+        match parse(first.kind, &first.payload, &self.token) {
+            Ok(op) => self.run(op, socket, first),
+            Err(refused) => fail(socket, &refused),
+        }
+    }
+
+    fn run(&self, op: Op, socket: &TcpStream, first: First) {
+        match op {
+            Op::Ping => answer(socket, &pong()),
+            Op::Exec(command) => match exec::run(&self.guest, &command, socket, first.rest) {
+                Ended::Answered | Ended::HostGone => {}
+                Ended::Failed(failed) => fail(socket, &failed),
+            },
+            Op::Shutdown(shutdown) => {
+                crate::shutdown::end_guest(Duration::from_millis(shutdown.grace_ms));
+                answer(socket, &json!({}));
+                farewell(socket);
+                std::process::exit(0);
+            }
+        }
+    }
+}
+
+fn pong() -> Pong {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Pong {
+        version: crate::VERSION.to_owned(),
+        unix_ms: i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX),
+        processes: u32::try_from(crate::processes::all().len()).unwrap_or(u32::MAX),
+    }
+}
+
+fn answer(socket: &TcpStream, value: &impl serde::Serialize) {
+    send_last(socket, Kind::Done, value);
+}
+
+fn fail(socket: &TcpStream, failed: &Failure) {
+    send_last(socket, Kind::Failed, failed);
+}
+
+fn send_last(socket: &TcpStream, kind: Kind, value: &impl serde::Serialize) {
+    let Ok(payload) = serde_json::to_vec(value) else { return };
+    // A host that is gone or doesn't read gets no answer.
+    let _ = write_all(socket, &encode(kind, &payload), Instant::now() + ANSWER_LIMIT);
+}
+
+/// Waits until the host has seen the end: with the agent, the guest's network vanishes, and what it hasn't sent yet.
+fn farewell(socket: &TcpStream) {
+    let _ = socket.shutdown(Direction::Write);
+    let _ = crate::wire::wait_closed(socket, Instant::now() + FAREWELL_LIMIT);
+}

@@ -1,0 +1,173 @@
+//! Running one command: what to start ([`program`], [`environment`]), starting it ([`spawn`]), carrying its streams
+//! until it ends ([`pump`]), and ending whatever it started when the host or the clock says so.
+//!
+//! ```text
+//! prepare -> take a job -> spawn -> pump --exit--------------------------> Done
+//!                                    |--time limit--> end the job, pump --> Done (timed out)
+//!                                    '--host gone---> end the job
+//! ```
+//!
+//! Background processes that a command leaves behind at its own end live on.
+
+pub mod environment;
+pub mod program;
+pub mod pump;
+pub mod spawn;
+pub mod stdin;
+
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::pipe2;
+use tiffin_protocol::{Exec, ExecDone, Failure, FailureCode, Kind};
+
+use crate::jobs::{Job, Jobs};
+use crate::reaper::{Child, Reaper};
+use crate::request::failure;
+use pump::{Pump, Stop};
+use spawn::{Plan, SpawnError};
+
+/// How long the processes that are ended may take to vanish.
+const KILL_LIMIT: Duration = Duration::from_secs(3);
+
+/// The longest time limit; a longer one is as good as this.
+const MAX_TIMEOUT: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// What commands need of the guest.
+#[derive(Debug)]
+pub struct Guest {
+    /// Their groups.
+    pub jobs: Jobs,
+    /// Who waits for them.
+    pub reaper: Arc<Reaper>,
+}
+
+/// How an exec ended, seen from its connection.
+#[derive(Debug)]
+pub enum Ended {
+    /// The last frame is sent.
+    Answered,
+    /// To be answered with this.
+    Failed(Failure),
+    /// Nobody is there to answer.
+    HostGone,
+}
+
+/// The agent's ends of a command's pipes.
+struct Pipes {
+    stdin: Option<OwnedFd>,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+/// Runs `exec` to its end. `early` are bytes that the host sent right behind the request.
+pub fn run(guest: &Guest, exec: &Exec, socket: &TcpStream, early: Vec<u8>) -> Ended {
+    let job = match guest.jobs.take() {
+        Ok(job) => job,
+        Err(error) => return Ended::Failed(no_room(&error.to_string())),
+    };
+    let ended = run_in(guest, job.as_ref(), exec, socket, early);
+    if let Some(job) = job {
+        guest.jobs.give_back(job);
+    }
+    ended
+}
+
+fn run_in(guest: &Guest, job: Option<&Job>, exec: &Exec, socket: &TcpStream, early: Vec<u8>) -> Ended {
+    let (child, pipes, started) = match start(guest, job, exec) {
+        Ok(running) => running,
+        Err(failed) => return Ended::Failed(failed),
+    };
+    let mut pump = Pump::new(socket, &child, pipes, exec, early);
+    let stop = pump.run(Some(started + Duration::from_millis(exec.timeout_ms).min(MAX_TIMEOUT)));
+    let timed_out = stop == Stop::TimeLimit;
+    if stop != Stop::Exited {
+        end(job, &child);
+    }
+    match stop {
+        Stop::HostGone => return Ended::HostGone,
+        Stop::Broken => return Ended::Failed(failure(FailureCode::BadRequest, "standard input broke the protocol")),
+        Stop::TimeLimit if pump.run(Some(Instant::now() + KILL_LIMIT)) == Stop::HostGone => return Ended::HostGone,
+        Stop::TimeLimit | Stop::Exited => {}
+    }
+    let exit = child.exit();
+    let ended_at = exit.map_or_else(Instant::now, |exit| exit.at);
+    let done = ExecDone {
+        exit_code: exit.filter(|_| !timed_out).map_or(-1, |exit| exit.code),
+        timed_out,
+        stdout_truncated: pump.truncated(Kind::Stdout),
+        stderr_truncated: pump.truncated(Kind::Stderr),
+        duration_us: u64::try_from(ended_at.duration_since(started).as_micros()).unwrap_or(u64::MAX),
+    };
+    pump.finish(&done)
+}
+
+fn start(guest: &Guest, job: Option<&Job>, exec: &Exec) -> Result<(Child, Pipes, Instant), Failure> {
+    let account = environment::Account::of(exec.uid);
+    let shell = program::shell();
+    let program = program::Program::of(&exec.command, shell)?;
+    let env = environment::merged(&account, shell, &exec.env)?;
+    let path = exec.env.get("PATH").map_or(environment::PATH, String::as_str);
+    let (stdout, child_stdout) = pipe()?;
+    let (stderr, child_stderr) = pipe()?;
+    let (child_stdin, stdin) =
+        if exec.stdin { pipe().map(|(read, write)| (Some(read), Some(write)))? } else { (None, None) };
+    if let Some(stdin) = &stdin {
+        fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| internal(errno.desc()))?;
+    }
+    let plan = Plan {
+        candidates: program.candidates(path)?,
+        arguments: program.arguments,
+        environment: env,
+        cwd: program::c_string(&exec.cwd, "cwd")?,
+        uid: exec.uid,
+        gid: exec.gid,
+        stdin: child_stdin.as_ref(),
+        stdout: &child_stdout,
+        stderr: &child_stderr,
+        groups: guest.jobs.entries(job),
+    };
+    let child = guest.reaper.expect().map_err(|error| no_room(&error.to_string()))?;
+    let started = Instant::now();
+    spawn::spawn(&plan, &child).map_err(|error| refused(&error, exec))?;
+    Ok((child, Pipes { stdin, stdout, stderr }, started))
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
+    pipe2(OFlag::O_CLOEXEC).map_err(|errno| no_room(errno.desc()))
+}
+
+/// Ends everything that the command started: its job, or what its session and descent show.
+fn end(job: Option<&Job>, child: &Child) {
+    let all_ended = match job {
+        Some(job) => job.end(),
+        None => crate::processes::end_all(|| crate::processes::session(child.pid()), KILL_LIMIT),
+    };
+    if !all_ended {
+        eprintln!("tiffin-agent: some processes of command {} would not end", child.pid());
+    }
+}
+
+fn refused(error: &SpawnError, exec: &Exec) -> Failure {
+    match error {
+        SpawnError::NoRoom(errno) => no_room(errno.desc()),
+        SpawnError::Cwd(errno) => {
+            failure(FailureCode::BadCwd, &format!("can't enter the folder {:?}: {}", exec.cwd, errno.desc()))
+        }
+        SpawnError::Program(errno) => {
+            failure(FailureCode::BadCommand, &format!("can't run the program: {}", errno.desc()))
+        }
+        SpawnError::Setup(errno) => internal(errno.desc()),
+    }
+}
+
+fn no_room(why: &str) -> Failure {
+    failure(FailureCode::NoRoom, &format!("no room for another process: {why}"))
+}
+
+fn internal(why: &str) -> Failure {
+    failure(FailureCode::Internal, &format!("the command's process can't be set up: {why}"))
+}

@@ -1,0 +1,152 @@
+//! The guest's file system and identity: mounts, `/workspace`, host name, `/etc/hosts`, `/etc/resolv.conf`.
+//!
+//! The image is a stranger's: no link that it planted is followed when something is written, and whatever can't be set
+//! up becomes a line on standard error, never a reason to stop.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::Path;
+
+use nix::fcntl::{OFlag, openat, renameat};
+use nix::mount::{MsFlags, mount};
+use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, fchown, unlinkat};
+use tiffin_protocol::Boot;
+
+/// The user that commands run as, by convention of the platform's images.
+const USER: u32 = 1000;
+
+/// A new file's name until it is renamed into place.
+const TEMPORARY: &str = ".tiffin-agent.new";
+
+/// Sets up what is missing and says on standard error what could not be.
+pub fn set_up(boot: &Boot) {
+    mount_missing();
+    report("/tmp", folder(Path::new("/tmp"), 0o1777, None));
+    report("/workspace", folder(Path::new("/workspace"), 0o755, Some(USER)));
+    report("host name", nix::unistd::sethostname(&boot.hostname).map_err(io::Error::from));
+    report("/etc/hostname", replace("hostname", &format!("{}\n", boot.hostname)));
+    report("/etc/hosts", replace("hosts", &hosts(boot)));
+    report("/etc/resolv.conf", replace("resolv.conf", &resolv_conf(&boot.resolvers)));
+}
+
+fn report(what: &str, done: io::Result<()>) {
+    if let Err(error) = done {
+        eprintln!("tiffin-agent: {what} not set up: {error}");
+    }
+}
+
+fn hosts(boot: &Boot) -> String {
+    let mut text = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+    for address in &boot.addresses {
+        text.push_str(&format!("{address}\t{}\n", boot.hostname));
+    }
+    text
+}
+
+fn resolv_conf(resolvers: &[String]) -> String {
+    resolvers.iter().map(|resolver| format!("nameserver {resolver}\n")).collect()
+}
+
+/// Writes `/etc/NAME` beside the old one and renames it into place, so that a link there is replaced, not followed.
+fn replace(name: &str, content: &str) -> io::Result<()> {
+    match fs::create_dir("/etc") {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let etc = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open("/etc")?;
+    // What an earlier run may have left; usually nothing.
+    let _ = unlinkat(&etc, TEMPORARY, UnlinkatFlags::NoRemoveDir);
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut file = File::from(openat(&etc, TEMPORARY, flags, Mode::from_bits_truncate(0o644))?);
+    file.write_all(content.as_bytes())?;
+    file.set_permissions(fs::Permissions::from_mode(0o644))?;
+    renameat(&etc, TEMPORARY, &etc, name)?;
+    Ok(())
+}
+
+/// Makes sure that `path` is a folder, not a link to one, of that mode and owner.
+fn folder(path: &Path, mode: u32, owner: Option<u32>) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let folder = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path)?;
+    let now = folder.metadata()?;
+    if let Some(owner) = owner
+        && (now.uid(), now.gid()) != (owner, owner)
+    {
+        fchown(&folder, Some(owner.into()), Some(owner.into()))?;
+    }
+    if now.mode() & 0o7777 != mode {
+        folder.set_permissions(fs::Permissions::from_mode(mode))?;
+    }
+    Ok(())
+}
+
+/// What an engine that boots a bare kernel leaves to process 1; an OCI engine has mounted it all.
+fn mount_missing() {
+    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount_unless(Path::new("/proc/self").exists(), "/proc", "proc", safe, None);
+    mount_unless(Path::new("/sys/kernel").exists(), "/sys", "sysfs", safe, None);
+    mount_unless(Path::new("/dev/null").exists(), "/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=755"));
+    let terminals = Path::new("/dev/pts/ptmx").exists();
+    mount_unless(
+        terminals,
+        "/dev/pts",
+        "devpts",
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        Some("mode=620,ptmxmode=666"),
+    );
+    mount_unless(is_mount_point("/dev/shm", "/dev"), "/dev/shm", "tmpfs", safe, Some("mode=1777"));
+    for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
+        let link = Path::new("/dev").join(name);
+        if fs::symlink_metadata(&link).is_err() {
+            report("/dev links", symlink(target, &link));
+        }
+    }
+}
+
+fn mount_unless(present: bool, at: &str, kind: &str, flags: MsFlags, data: Option<&str>) {
+    if present {
+        return;
+    }
+    let mounted = folder(Path::new(at), 0o755, None)
+        .and_then(|()| mount(Some(kind), at, Some(kind), flags, data).map_err(io::Error::from));
+    report(at, mounted);
+}
+
+fn is_mount_point(path: &str, parent: &str) -> bool {
+    let device = |path: &str| fs::symlink_metadata(path).map(|metadata| metadata.dev());
+    matches!((device(path), device(parent)), (Ok(own), Ok(above)) if own != above)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn boot() -> Boot {
+        Boot {
+            token: "t".to_owned(),
+            hostname: "box".to_owned(),
+            addresses: vec!["10.0.0.2".to_owned(), "fd00::2".to_owned()],
+            resolvers: Vec::new(),
+            cpus: 1,
+            max_pids: 1,
+        }
+    }
+
+    #[test]
+    fn hosts_name_the_guest_by_each_of_its_addresses() {
+        let text = hosts(&boot());
+        assert!(text.ends_with("10.0.0.2\tbox\nfd00::2\tbox\n"), "{text}");
+        assert!(text.starts_with("127.0.0.1\tlocalhost\n"), "{text}");
+    }
+
+    #[test]
+    fn without_resolvers_the_resolver_file_is_empty() {
+        assert_eq!(resolv_conf(&[]), "");
+        assert_eq!(resolv_conf(&["1.1.1.1".to_owned(), "::1".to_owned()]), "nameserver 1.1.1.1\nnameserver ::1\n");
+    }
+}

@@ -1,0 +1,76 @@
+//! The guest agent: PID 1 in every guest. It sets the guest up, says that it is ready, and runs what the host asks for.
+//!
+//! ```text
+//! monitor --stdin: Boot--> [boot] -> [guest] -> [jobs] -> [listen] --stdout: Event::Ready--> monitor
+//! host ----TCP-----------> [listen] -> [connection] -> [request] -> [exec] | [shutdown] | ping
+//!                                                                     ^
+//!                                        [reaper]: every exit --------+
+//! ```
+//!
+//! Invariants
+//! * Nothing that comes from the port or from standard input can panic it or make it allocate without a bound.
+//! * Guest processes can't learn the token: it is in no environment, argument or file, the agent isn't dumpable, and
+//!   connections from the guest's own addresses are closed unread.
+//! * Commands inherit none of its descriptors.
+//! * One thread reaps; one thread serves each connection. All its signals stay blocked, so a guest can't end it.
+//!
+//! It deliberately has no async runtime, resolver or logger: it must be small and start at once. What goes wrong in
+//! set-up is a line on standard error, and fatal only when it can't listen.
+
+pub mod boot;
+pub mod connection;
+pub mod exec;
+pub mod guest;
+pub mod jobs;
+pub mod limits;
+pub mod listen;
+pub mod processes;
+pub mod reaper;
+pub mod request;
+pub mod shutdown;
+pub mod wire;
+
+use std::process::ExitCode;
+
+use tiffin_protocol::Event;
+
+/// The agent's version, as told in `Ready` and in answers to a ping.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Runs the agent; returns only when it can't go on.
+pub fn run() -> ExitCode {
+    // Shutting down signals every process that can be seen: only ever right where the agent is the first of them.
+    if std::process::id() != 1 {
+        eprintln!("tiffin-agent: it runs as process 1 of a guest only");
+        return ExitCode::from(2);
+    }
+    let mut events = match boot::take_over() {
+        Ok(events) => events,
+        Err(error) => {
+            eprintln!("tiffin-agent: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let Err(error) = serve(&mut events);
+    let message = error.to_string();
+    eprintln!("tiffin-agent: {message}");
+    events.send(&Event::Failed { message });
+    ExitCode::FAILURE
+}
+
+fn serve(events: &mut boot::Events) -> Result<std::convert::Infallible, boot::BootError> {
+    let boot = boot::read(std::io::stdin().lock())?;
+    guest::set_up(&boot);
+    boot::drop_stdin()?;
+    limits::apply(boot.cpus);
+    let jobs = jobs::Jobs::mount(boot.max_pids).unwrap_or_else(|error| {
+        eprintln!("tiffin-agent: no process groups, limiting each user instead: {error}");
+        limits::apply_processes(boot.max_pids);
+        jobs::Jobs::absent()
+    });
+    let listener = listen::bind(tiffin_protocol::AGENT_PORT).map_err(boot::BootError::Listen)?;
+    let reaper = reaper::Reaper::start().map_err(boot::BootError::Thread)?;
+    let service = connection::Service::new(boot, jobs, reaper);
+    events.send(&Event::Ready { version: VERSION.to_owned() });
+    listen::serve_forever(listener, service)
+}

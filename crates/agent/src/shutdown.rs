@@ -1,0 +1,50 @@
+//! Ending the guest: every process but the agent, in its own time first, then by force.
+//!
+//! Only ever called by process 1: it signals every process that it can see.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Everything but the caller and process 1.
+const EVERYONE: Pid = Pid::from_raw(-1);
+
+/// How often to look whether all are gone.
+const STEP: Duration = Duration::from_millis(2);
+
+/// The longest grace; a request may ask for more, but a shutdown must end.
+const MAX_GRACE: Duration = Duration::from_secs(600);
+
+/// How long the killed may take to vanish.
+const KILL_LIMIT: Duration = Duration::from_secs(3);
+
+/// SIGTERM to all, SIGKILL after `grace` to who is left, then all written data to disk.
+pub fn end_guest(grace: Duration) {
+    if signal_all(Signal::SIGTERM) {
+        // A stopped process takes its SIGTERM only when it goes on.
+        signal_all(Signal::SIGCONT);
+        if !gone_within(grace.min(MAX_GRACE)) {
+            signal_all(Signal::SIGKILL);
+            gone_within(KILL_LIMIT);
+        }
+    }
+    nix::unistd::sync();
+}
+
+/// Whether there was anybody.
+fn signal_all(signal: Signal) -> bool {
+    kill(EVERYONE, signal) != Err(Errno::ESRCH)
+}
+
+fn gone_within(limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    while kill(EVERYONE, None) != Err(Errno::ESRCH) {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(STEP);
+    }
+    true
+}
