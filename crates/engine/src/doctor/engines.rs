@@ -1,0 +1,71 @@
+//! The engines that are installed. This version runs VMs with gVisor alone; the others are shown and not used.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use camino::Utf8Path;
+
+use super::{Check, DoctorInput, tools};
+use crate::gvisor::MIN_RELEASE;
+
+pub(super) fn check(input: &DoctorInput) -> Vec<Check> {
+    let mut checks = vec![gvisor(input.runsc.as_deref())];
+    for (name, program) in [("qemu", "qemu-system-x86_64"), ("firecracker", "firecracker")] {
+        checks.extend(unused(name, program));
+    }
+    checks
+}
+
+fn gvisor(named: Option<&Utf8Path>) -> Check {
+    let remedy = format!(
+        "install runsc {MIN_RELEASE} or newer (Debian 12: from bookworm-backports, as `make runsc` does) and name it \
+         with the setting runsc"
+    );
+    let path = named.map(|path| path.as_std_path().to_owned()).or_else(|| on_path("runsc"));
+    let Some(path) = path else {
+        return Check::fail("gvisor", "no runsc on PATH", remedy);
+    };
+    let shown = path.display();
+    match tools::first_line(Command::new(&path).arg("--version")) {
+        Err(error) => Check::fail("gvisor", format!("{shown}: {error}"), remedy),
+        Ok(line) => match release(&line) {
+            Some(release) if release >= MIN_RELEASE => Check::ok("gvisor", format!("{shown}, release {release}")),
+            Some(release) => Check::fail(
+                "gvisor",
+                format!(
+                    "{shown} is release {release}; those before {MIN_RELEASE} (Debian 12's own is one) are not dependable"
+                ),
+                remedy,
+            ),
+            None => Check::fail("gvisor", format!("{shown} tells no release: {line:?}"), remedy),
+        },
+    }
+}
+
+/// The date in `runsc version release-20240729.0` or, as Debian has it, `runsc version 0.0~20240729.0`.
+pub(super) fn release(line: &str) -> Option<u32> {
+    line.split(|c: char| !c.is_ascii_digit())
+        .filter(|digits| digits.len() == 8 && digits.starts_with("20"))
+        .find_map(|digits| digits.parse().ok())
+}
+
+/// Says nothing about an engine that isn't there.
+fn unused(name: &'static str, program: &str) -> Option<Check> {
+    let path = on_path(program)?;
+    let version = tools::first_line(Command::new(&path).arg("--version")).unwrap_or_else(|error| error.to_string());
+    Some(Check::ok(name, format!("{}, {version}; not used by this version", path.display())))
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    let candidates = env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(program)).collect::<Vec<_>>();
+    candidates.into_iter().find(|path| is_program(path))
+}
+
+/// Whether it is a file that somebody may execute.
+pub(super) fn is_program(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}

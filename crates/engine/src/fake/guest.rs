@@ -1,0 +1,176 @@
+//! The far end of a fake VM's connection: speaks the agent's protocol, with scripted commands.
+//!
+//! Beyond the script table it knows `echo X`, `exit N`, `sleep SECONDS` and `printenv NAME`; any other line is echoed.
+//! Working directories under `/missing` don't exist.
+
+use std::time::{Duration, Instant};
+
+use tiffin_protocol::{
+    Command, Exec, ExecDone, Failure, FailureCode, HEADER, Kind, Op, Pong, Request, decode_header, encode,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
+
+use super::Shared;
+
+/// Every fake VM's agent token.
+pub const TOKEN: &str = "fake-agent-token";
+
+/// What a command does.
+#[derive(Debug, Clone, Default)]
+pub struct Script {
+    /// Pieces of output, in order.
+    pub stdout: Vec<Vec<u8>>,
+    /// Pieces of error output, in order, after the output.
+    pub stderr: Vec<Vec<u8>>,
+    /// Exit code.
+    pub exit_code: i32,
+    /// How long it runs after its output.
+    pub delay: Duration,
+    /// Whether the agent hangs up instead of answering.
+    pub hang_up: bool,
+    /// Whether the agent never answers, not even at the time limit.
+    pub silent: bool,
+}
+
+/// Counts a command for as long as it runs.
+struct Running<'a>(&'a Shared);
+
+impl<'a> Running<'a> {
+    fn new(fake: &'a Shared) -> Self {
+        fake.lock().commands += 1;
+        Self(fake)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.lock().commands -= 1;
+    }
+}
+
+/// Serves one operation; ends when it is answered or when the host hangs up.
+pub(super) async fn serve(fake: &Shared, connection: DuplexStream) {
+    let (mut reader, mut writer) = tokio::io::split(connection);
+    let Ok(request) = read_request(&mut reader).await else { return };
+    let answer = async {
+        if request.token != TOKEN {
+            return fail(&mut writer, FailureCode::Unauthorized, "wrong token").await;
+        }
+        match request.op {
+            Op::Ping => send(&mut writer, Kind::Done, &json(&pong())).await,
+            Op::Shutdown(_) => send(&mut writer, Kind::Done, b"{}").await,
+            Op::Exec(exec) => {
+                let _running = Running::new(fake);
+                run(fake, &exec, &mut writer).await
+            }
+        }
+    };
+    tokio::select! {
+        _ = answer => {}
+        () = hung_up(&mut reader) => {}
+    }
+}
+
+async fn read_request(reader: &mut ReadHalf<DuplexStream>) -> std::io::Result<Request> {
+    let mut header = [0; HEADER];
+    reader.read_exact(&mut header).await?;
+    let mut bytes = vec![0; decode_header(header).map_err(std::io::Error::other)?];
+    reader.read_exact(&mut bytes).await?;
+    Ok(serde_json::from_slice(&bytes[1..])?)
+}
+
+async fn hung_up(reader: &mut ReadHalf<DuplexStream>) {
+    let mut buffer = [0; 1024];
+    while !matches!(reader.read(&mut buffer).await, Ok(0) | Err(_)) {}
+}
+
+async fn run(fake: &Shared, exec: &Exec, writer: &mut WriteHalf<DuplexStream>) -> std::io::Result<()> {
+    let began = Instant::now();
+    if exec.cwd.starts_with("/missing") {
+        return fail(writer, FailureCode::BadCwd, "no such directory").await;
+    }
+    let script = script_for(fake, exec);
+    if script.silent {
+        std::future::pending::<()>().await;
+    }
+    if script.hang_up {
+        return Ok(());
+    }
+    let stdout_truncated = write_capped(writer, Kind::Stdout, &script.stdout, exec.stdout_cap).await?;
+    let stderr_truncated = write_capped(writer, Kind::Stderr, &script.stderr, exec.stderr_cap).await?;
+    let limit = Duration::from_millis(exec.timeout_ms);
+    let timed_out = script.delay >= limit;
+    let delay = script.delay.min(limit);
+    if !delay.is_zero() {
+        tokio::time::sleep(delay).await;
+    }
+    let done = ExecDone {
+        exit_code: if timed_out { -1 } else { script.exit_code },
+        timed_out,
+        stdout_truncated,
+        stderr_truncated,
+        duration_us: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
+    };
+    send(writer, Kind::Done, &json(&done)).await
+}
+
+fn script_for(fake: &Shared, exec: &Exec) -> Script {
+    let line = match &exec.command {
+        Command::Shell(line) => line.clone(),
+        Command::Argv(words) => words.join(" "),
+    };
+    if let Some(script) = fake.lock().scripts.get(&line) {
+        return script.clone();
+    }
+    let says = |text: &str| Script { stdout: vec![format!("{text}\n").into_bytes()], ..Script::default() };
+    match line.split_once(' ') {
+        Some(("echo", text)) => says(text),
+        Some(("printenv", name)) => match exec.env.get(name) {
+            Some(value) => says(value),
+            None => Script { exit_code: 1, ..Script::default() },
+        },
+        Some(("exit", code)) => Script { exit_code: code.parse().unwrap_or(2), ..Script::default() },
+        Some(("sleep", seconds)) => {
+            let delay = Duration::try_from_secs_f64(seconds.parse().unwrap_or(0.0)).unwrap_or_default();
+            Script { delay, ..Script::default() }
+        }
+        _ => says(&line),
+    }
+}
+
+/// Writes up to `cap` bytes; tells whether there was more.
+async fn write_capped(
+    writer: &mut WriteHalf<DuplexStream>,
+    kind: Kind,
+    pieces: &[Vec<u8>],
+    cap: u64,
+) -> std::io::Result<bool> {
+    let mut left = usize::try_from(cap).unwrap_or(usize::MAX);
+    for piece in pieces {
+        let fits = piece.len().min(left);
+        for chunk in piece[..fits].chunks(32 * 1024) {
+            send(writer, kind, chunk).await?;
+        }
+        left -= fits;
+        if fits < piece.len() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+async fn fail(writer: &mut WriteHalf<DuplexStream>, code: FailureCode, message: &str) -> std::io::Result<()> {
+    send(writer, Kind::Failed, &json(&Failure { code, message: message.into() })).await
+}
+
+async fn send(writer: &mut WriteHalf<DuplexStream>, kind: Kind, payload: &[u8]) -> std::io::Result<()> {
+    writer.write_all(&encode(kind, payload)).await
+}
+
+fn json(value: &impl serde::Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("strings and numbers are JSON")
+}
+
+fn pong() -> Pong {
+    Pong { version: "fake".into(), unix_ms: tiffin_types::time::Timestamp::now().as_millis(), processes: 0 }
+}

@@ -1,0 +1,123 @@
+//! What a test can make the fake engine do, and what it can ask it.
+
+use std::time::Duration;
+
+use tiffin_types::{
+    id::VmId,
+    vm::{EndReport, VmSpec},
+};
+
+use super::{Fake, Script};
+use crate::{Denied, Ended};
+
+/// A call of the engine that can be made to fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// `create`
+    Create,
+    /// `start`
+    Start,
+    /// `stop`
+    Stop,
+    /// `pause`
+    Pause,
+    /// `resume`
+    Resume,
+    /// `destroy`
+    Destroy,
+}
+
+impl Fake {
+    /// The next such call fails as if the host had failed.
+    pub fn fail_next(&self, call: Call) {
+        self.lock().failing.push(call);
+    }
+
+    /// The next start that isn't failing already comes up wrongly, with this report.
+    pub fn fail_next_start(&self, report: EndReport) {
+        self.lock().failing_starts.push_back(report);
+    }
+
+    /// How long starts take from now on.
+    pub fn set_start_delay(&self, delay: Duration) {
+        self.lock().start_delay = delay;
+    }
+
+    /// How many VMs may run at once; further starts find no capacity.
+    pub fn set_capacity(&self, vms: usize) {
+        self.lock().capacity = Some(vms);
+    }
+
+    /// What a command line does in every guest.
+    pub fn script(&self, line: &str, script: Script) {
+        self.lock().scripts.insert(line.to_owned(), script);
+    }
+
+    /// What [`crate::Engine::denied`] says of every VM.
+    pub fn set_denied(&self, denied: Denied) {
+        self.lock().denied = denied;
+    }
+
+    /// Asking for refused connections panics from now on, as a defect would.
+    pub fn panic_on_denied(&self) {
+        self.lock().panic_on_denied = true;
+    }
+
+    /// Ends the VM's run as if by itself. Nothing when it isn't up.
+    pub fn kill(&self, id: &VmId, report: EndReport) {
+        let mut state = self.lock();
+        if let Some(vm) = state.vms.get_mut(id).filter(|vm| vm.is_up()) {
+            vm.end_with(report.clone());
+            state.ends.push_back(Ended { id: id.clone(), report });
+        }
+        self.shared.ended.notify_waiters();
+    }
+
+    /// Makes the VM vanish without a word, as if its folder had been removed.
+    pub fn lose(&self, id: &VmId) {
+        if let Some(vm) = self.lock().vms.remove(id) {
+            vm.run.cancel();
+        }
+    }
+
+    /// Puts a VM on the host that no server knows of.
+    pub fn plant(&self, spec: VmSpec) {
+        let vm = super::FakeVm {
+            spec: spec.clone(),
+            phase: super::Phase::Running,
+            end: None,
+            run: Default::default(),
+            busy: false,
+        };
+        self.lock().vms.insert(spec.id, vm);
+    }
+
+    /// Whether observing the VM says that it can't be told.
+    pub fn set_unknown(&self, id: &VmId, unknown: bool) {
+        let mut state = self.lock();
+        match unknown {
+            true => state.unknown.insert(id.clone()),
+            false => state.unknown.remove(id),
+        };
+    }
+
+    /// The VMs on the host.
+    pub fn present(&self) -> Vec<VmId> {
+        self.lock().vms.keys().cloned().collect()
+    }
+
+    /// The spec that the VM was made with.
+    pub fn spec(&self, id: &VmId) -> Option<VmSpec> {
+        self.lock().vms.get(id).map(|vm| vm.spec.clone())
+    }
+
+    /// Commands that run in guests now.
+    pub fn commands(&self) -> usize {
+        self.lock().commands
+    }
+
+    /// Calls that came while another one for the same VM was under way, against the contract.
+    pub fn overlaps(&self) -> usize {
+        self.lock().overlaps
+    }
+}

@@ -1,0 +1,344 @@
+//! The fake engine: scripted, in process, for tests of the layers above. Isolates nothing, runs no real command.
+//!
+//! Invariant: it keeps to the contract of [`Engine`] as a real engine would, and notices callers that don't
+//! ([`Fake::overlaps`]). A `Fake` outlives the server that uses it, so a test can drop the server, start another over
+//! the same `Fake` and see it adopt. It deliberately has no conveniences that a real engine lacks.
+
+mod guest;
+mod knobs;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use tiffin_types::{
+    id::VmId,
+    vm::{EndReason, EndReport, EngineName, Isolation, VmSpec},
+};
+use tokio::sync::Notify;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Started, Target,
+};
+pub use guest::{Script, TOKEN};
+pub use knobs::Call;
+
+/// The engine.
+#[derive(Default)]
+pub struct Fake {
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+}
+
+/// What the engine's tasks see of it.
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    ended: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    vms: BTreeMap<VmId, FakeVm>,
+    ends: VecDeque<Ended>,
+    scripts: HashMap<String, Script>,
+    unknown: BTreeSet<VmId>,
+    failing: Vec<Call>,
+    failing_starts: VecDeque<EndReport>,
+    start_delay: Duration,
+    capacity: Option<usize>,
+    denied: Denied,
+    panic_on_denied: bool,
+    overlaps: usize,
+    commands: usize,
+}
+
+struct FakeVm {
+    spec: VmSpec,
+    phase: Phase,
+    end: Option<EndReport>,
+    /// Cancelled when the run ends; cuts the connections into the guest.
+    run: CancellationToken,
+    busy: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Stopped,
+    Starting,
+    Running,
+    Paused,
+}
+
+impl FakeVm {
+    fn is_up(&self) -> bool {
+        match self.phase {
+            Phase::Starting | Phase::Running | Phase::Paused => true,
+            Phase::Stopped => false,
+        }
+    }
+
+    fn end_with(&mut self, report: EndReport) {
+        self.phase = Phase::Stopped;
+        self.end = Some(report);
+        self.run.cancel();
+    }
+
+    fn observed(&self) -> Observed {
+        match self.phase {
+            Phase::Stopped => Observed::Stopped { end: self.end.clone() },
+            Phase::Starting => Observed::Starting,
+            Phase::Running => Observed::Running,
+            Phase::Paused => Observed::Paused,
+        }
+    }
+}
+
+impl State {
+    /// The VM, for a call that must not overlap with another one.
+    fn exclusive(&mut self, id: &VmId) -> Result<&mut FakeVm, EngineError> {
+        let vm = self.vms.get_mut(id).ok_or(EngineError::Absent)?;
+        if vm.busy {
+            self.overlaps += 1;
+        }
+        Ok(vm)
+    }
+
+    fn fails(&mut self, call: Call) -> Result<(), EngineError> {
+        match self.failing.iter().position(|failing| *failing == call) {
+            Some(at) => {
+                self.failing.remove(at);
+                Err(EngineError::host(format!("a scripted failure of {call:?}"), "scripted"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Fake {
+    /// An engine without VMs, that does everything at once and never fails.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.lock()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Marks the VM as starting, or tells why it can't.
+    fn begin_start(&self, id: &VmId) -> Result<Duration, EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::Start)?;
+        let up = state.vms.values().filter(|vm| vm.is_up()).count();
+        let (delay, capacity) = (state.start_delay, state.capacity.unwrap_or(usize::MAX));
+        let vm = state.exclusive(id)?;
+        match vm.phase {
+            Phase::Running => return Err(EngineError::WrongState("running")),
+            Phase::Starting => return Err(EngineError::WrongState("starting")),
+            Phase::Paused => return Err(EngineError::WrongState("paused")),
+            Phase::Stopped => {}
+        }
+        if up >= capacity {
+            return Err(EngineError::NoCapacity(format!("{up} of {capacity} VMs run")));
+        }
+        (vm.phase, vm.busy, vm.end, vm.run) = (Phase::Starting, true, None, CancellationToken::new());
+        Ok(delay)
+    }
+
+    fn finish_start(&self, id: &VmId) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        let failure = state.failing_starts.pop_front();
+        let vm = state.vms.get_mut(id).ok_or(EngineError::Absent)?;
+        vm.busy = false;
+        match failure {
+            Some(report) => {
+                vm.end_with(report.clone());
+                Err(EngineError::Ended(report))
+            }
+            None => {
+                vm.phase = Phase::Running;
+                Ok(())
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Engine for Fake {
+    fn name(&self) -> EngineName {
+        EngineName::Fake
+    }
+
+    fn isolation(&self) -> Isolation {
+        Isolation::None
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { pause: true, snapshot: false, kernels: false }
+    }
+
+    async fn create(&self, spec: &VmSpec) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::Create)?;
+        if state.vms.contains_key(&spec.id) {
+            let vm = state.exclusive(&spec.id)?;
+            return if vm.spec == *spec { Ok(()) } else { Err(EngineError::WrongState("made with another spec")) };
+        }
+        let vm =
+            FakeVm { spec: spec.clone(), phase: Phase::Stopped, end: None, run: CancellationToken::new(), busy: false };
+        state.vms.insert(spec.id.clone(), vm);
+        Ok(())
+    }
+
+    async fn start(&self, id: &VmId) -> Result<Started, EngineError> {
+        let began = Instant::now();
+        let delay = self.shared.begin_start(id)?;
+        let (shared, id) = (Arc::clone(&self.shared), id.clone());
+        // In a task, so that a caller who gives up doesn't stop the start.
+        let start = self.tasks.spawn(async move {
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            shared.finish_start(&id)
+        });
+        start.await.map_err(|error| EngineError::host("starting", error))??;
+        Ok(Started { took: began.elapsed() })
+    }
+
+    async fn stop(&self, id: &VmId, _grace: Duration) -> Result<EndReport, EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::Stop)?;
+        let vm = state.exclusive(id)?;
+        if !vm.is_up() {
+            return Ok(vm.end.clone().unwrap_or_else(requested));
+        }
+        vm.end_with(requested());
+        Ok(requested())
+    }
+
+    async fn pause(&self, id: &VmId) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::Pause)?;
+        let vm = state.exclusive(id)?;
+        match vm.phase {
+            Phase::Running | Phase::Paused => vm.phase = Phase::Paused,
+            Phase::Starting => return Err(EngineError::WrongState("starting")),
+            Phase::Stopped => return Err(EngineError::WrongState("stopped")),
+        }
+        Ok(())
+    }
+
+    async fn resume(&self, id: &VmId) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::Resume)?;
+        let vm = state.exclusive(id)?;
+        match vm.phase {
+            Phase::Running | Phase::Paused => vm.phase = Phase::Running,
+            Phase::Starting => return Err(EngineError::WrongState("starting")),
+            Phase::Stopped => return Err(EngineError::WrongState("stopped")),
+        }
+        Ok(())
+    }
+
+    async fn destroy(&self, id: &VmId) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::Destroy)?;
+        if let Some(vm) = state.vms.remove(id) {
+            vm.run.cancel();
+        }
+        Ok(())
+    }
+
+    async fn observe(&self, id: &VmId) -> Observed {
+        let state = self.lock();
+        if state.unknown.contains(id) {
+            return Observed::Unknown;
+        }
+        state.vms.get(id).map_or(Observed::Absent, FakeVm::observed)
+    }
+
+    async fn adopt(&self) -> Result<Vec<(VmId, Observed)>, EngineError> {
+        let mut state = self.lock();
+        // Ends that nobody took are told by what is observed.
+        state.ends.clear();
+        let seen = |(id, vm): (&VmId, &FakeVm)| {
+            let observed = if state.unknown.contains(id) { Observed::Unknown } else { vm.observed() };
+            (id.clone(), observed)
+        };
+        Ok(state.vms.iter().map(seen).collect())
+    }
+
+    async fn dial(&self, id: &VmId, target: Target) -> Result<Connection, EngineError> {
+        let run = {
+            let state = self.lock();
+            let vm = state.vms.get(id).ok_or(EngineError::Absent)?;
+            match vm.phase {
+                Phase::Running => vm.run.clone(),
+                Phase::Stopped => return Err(EngineError::WrongState("stopped")),
+                Phase::Starting => return Err(EngineError::WrongState("starting")),
+                Phase::Paused => return Err(EngineError::WrongState("paused")),
+            }
+        };
+        match target {
+            Target::Port(_) => Err(EngineError::Unsupported { engine: "fake", what: "dial a port" }),
+            Target::Agent => {
+                let (host, guest) = tokio::io::duplex(64 * 1024);
+                let shared = Arc::clone(&self.shared);
+                self.tasks.spawn(async move { run.run_until_cancelled(guest::serve(&shared, guest)).await });
+                Ok(Box::pin(host))
+            }
+        }
+    }
+
+    async fn agent_token(&self, id: &VmId) -> Result<String, EngineError> {
+        match self.lock().vms.contains_key(id) {
+            true => Ok(TOKEN.to_owned()),
+            false => Err(EngineError::Absent),
+        }
+    }
+
+    async fn next_end(&self) -> Ended {
+        loop {
+            let noticed = self.shared.ended.notified();
+            let next = self.lock().ends.pop_front();
+            match next {
+                Some(end) => return end,
+                None => noticed.await,
+            }
+        }
+    }
+
+    async fn log_tail(&self, id: &VmId, kind: LogKind, lines: usize) -> Result<LogTail, EngineError> {
+        let state = self.lock();
+        state.vms.get(id).ok_or(EngineError::Absent)?;
+        let all = match kind {
+            LogKind::Engine => vec!["created".to_owned(), "started".to_owned()],
+            LogKind::Console => (1..=300).map(|line| format!("line {line}")).collect(),
+            LogKind::EngineErrors => return Ok(LogTail::default()),
+        };
+        let skip = all.len().saturating_sub(lines);
+        let lines = all.into_iter().skip(skip).collect();
+        Ok(LogTail { lines, truncated: skip > 0, updated_at_ms: Some(1_737_455_400_000) })
+    }
+
+    async fn denied(&self, id: &VmId) -> Result<Denied, EngineError> {
+        let state = self.lock();
+        state.vms.get(id).ok_or(EngineError::Absent)?;
+        assert!(!state.panic_on_denied, "a scripted panic");
+        Ok(state.denied.clone())
+    }
+}
+
+fn requested() -> EndReport {
+    EndReport { reason: EndReason::Requested, message: "Stopped on request.".into(), exit_code: None }
+}

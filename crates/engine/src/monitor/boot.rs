@@ -1,0 +1,355 @@
+//! Bringing a guest up: everything it stands on, in parallel where nothing forbids it, then the engine.
+//!
+//! The order that matters: the network namespaces are proved to be not the host's before gVisor's own check of that is
+//! put out of the way; the packet filter stands before the guest runs; the engine joins its control groups before its
+//! first instruction.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::process::CommandExt,
+    },
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    thread::{self, ScopedJoinHandle},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    unistd::Pid,
+};
+use tiffin_protocol::{Boot, Event, HEADER, Kind, decode_header};
+use tiffin_types::{
+    limits,
+    vm::{EndReason, EndReport},
+};
+
+use super::{
+    launch::{DISK, Phase, SCRATCH},
+    state::Vm,
+};
+use crate::{
+    gvisor,
+    host::{
+        denied::Listener,
+        dns, filter,
+        mount::{mount_disk, mount_overlay},
+        network,
+    },
+};
+
+/// Where the agent stands in every guest.
+const AGENT: &str = "/.tiffin/tiffin-agent";
+
+/// An agent's event is a line or two; a longer frame is no agent's.
+const MAX_EVENT: usize = 64 * 1024;
+
+/// A step of the boot failed; the text is for the engine's log, not for the API.
+type Step<T> = Result<T, String>;
+
+/// Starts the guest and gives the sandbox's pid; whether the agent gets ready in time is watched from then on.
+pub(super) fn boot(vm: &Arc<Vm>) -> Result<Pid, EndReport> {
+    let begun = Instant::now();
+    let deadline = begun + Duration::from_millis(vm.launch.boot_timeout_ms);
+    let failed = |message: String| {
+        vm.errors.line(&message);
+        vm.verdict().unwrap_or_else(|| report(vm, EndReason::BootFailed, "the engine could not start the VM"))
+    };
+    let sandbox = start(vm, begun, deadline).map_err(failed)?;
+    let watched = Arc::clone(vm);
+    let watch = move || match watched.wait_while(Phase::Starting, Some(deadline)) {
+        Some(Phase::Running | Phase::Paused) => {
+            watched.engine_log.line(format!("up after {} ms", begun.elapsed().as_millis()));
+        }
+        Some(Phase::Starting | Phase::Ended) => {}
+        None => watched.decide_end(
+            EndReason::BootTimeout,
+            format!("the guest's agent was not ready within {} ms", watched.launch.boot_timeout_ms),
+        ),
+    };
+    let thread = thread::Builder::new().name("boot".into()).stack_size(64 * 1024);
+    thread.spawn(watch).map_err(|e| failed(step("a thread", e)))?;
+    Ok(sandbox)
+}
+
+/// The report for an end during boot: a stop that was asked for is no failure.
+fn report(vm: &Vm, reason: EndReason, message: &str) -> EndReport {
+    if vm.stop_requested() {
+        return EndReport { reason: EndReason::Requested, message: "stopped while starting".into(), exit_code: None };
+    }
+    EndReport { reason, message: message.into(), exit_code: None }
+}
+
+fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
+    let reached = |what: &str| vm.engine_log.line(format!("{what} after {} ms", begun.elapsed().as_millis()));
+    leave_the_host(vm)?;
+    let (gate, opener) = pipe()?;
+    let (forked, forker) = pipe()?;
+    let pid_file = vm.scratch("sandbox.pid");
+    let mut child = thread::scope(|scope| -> Step<Child> {
+        let (pid_file, ends) = (&pid_file, (gate.as_raw_fd(), opener.as_raw_fd()));
+        let engine = scope.spawn(move || spawn_engine(vm, ends, forker, pid_file));
+        // What waits at the gate holds a copy of every descriptor that was open at its fork. A tool's pipe among them
+        // would never end for the tool: none may be open before.
+        let _ = File::from(forked).read(&mut [0]);
+        let prepared = prepare(vm, scope);
+        let mut opener = File::from(opener);
+        let opened = prepared
+            .and_then(|()| if vm.stop_requested() { Err("stopped while starting".into()) } else { Ok(()) })
+            .and_then(|()| opener.write_all(b"g").map_err(|e| step("opening the gate", e)));
+        reached("everything prepared");
+        // The engine waits at the gate: closed without a word, it gives up.
+        drop(opener);
+        let engine = join(engine);
+        opened.and(engine)
+    })?;
+    boot_agent(vm, &mut child)?;
+    wait_for_launcher(vm, &mut child, deadline)?;
+    reached("engine launched");
+    if vm.stop_requested() {
+        // Whoever asked may have killed everything a moment before there was anything to kill.
+        vm.kill_all();
+    }
+    let pid = fs::read_to_string(&pid_file).map_err(|e| step("reading the sandbox's pid", e))?;
+    pid.trim().parse().map(Pid::from_raw).map_err(|_| format!("no pid: {pid}"))
+}
+
+fn pipe() -> Step<(OwnedFd, OwnedFd)> {
+    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| step("a pipe", e))
+}
+
+fn step(what: &str, error: impl std::fmt::Display) -> String {
+    format!("{what}: {error}")
+}
+
+fn join<T>(thread: ScopedJoinHandle<'_, Step<T>>) -> Step<T> {
+    thread.join().unwrap_or_else(|_| Err("a thread of the boot panicked".into()))
+}
+
+/// Makes the mount namespace the VM's own and proves that the network is another one: nothing that is mounted from here on shows on the host.
+fn leave_the_host(vm: &Vm) -> Step<()> {
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).map_err(|e| step("a mount namespace", e))?;
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).map_err(|e| step("mounting /proc", e))?;
+    prove_apart(vm)?;
+    network::configure_gateway_kernel().map_err(|e| step("configuring the gateway", e))?;
+    let scratch = vm.folder.join(SCRATCH);
+    fs::create_dir_all(&scratch).map_err(|e| step("the scratch folder", e))?;
+    mount(Some("tiffin"), &scratch, Some("tmpfs"), MsFlags::empty(), Some("mode=700,size=16m"))
+        .map_err(|e| step("mounting the scratch folder", e))?;
+    for name in ["runsc", "bundle"] {
+        fs::create_dir(vm.scratch(name)).map_err(|e| step("the scratch folder", e))?;
+    }
+    Ok(())
+}
+
+/// gVisor takes the addresses off the interfaces that it finds: the namespace must not be the host's.
+fn prove_apart(vm: &Vm) -> Step<()> {
+    let here = network::namespace_id().map_err(|e| step("looking at the network namespace", e))?;
+    if here == vm.host_namespace_id { Err("this is the host's network namespace".into()) } else { Ok(()) }
+}
+
+/// Everything that has to stand before the engine may run.
+fn prepare<'scope>(vm: &'scope Arc<Vm>, scope: &'scope thread::Scope<'scope, '_>) -> Step<()> {
+    let filter = scope.spawn(|| {
+        let listener = Listener::open().map_err(|e| step("listening for denied packets", e))?;
+        filter::apply_gateway(&vm.launch.spec.egress, &vm.host_addresses).map_err(|e| step("the packet filter", e))?;
+        Ok(listener)
+    });
+    let disk = scope.spawn(|| mount_root(vm));
+    let guest = scope.spawn(|| make_guest_namespace(vm));
+    let network = join(guest).and_then(|()| configure_network(vm));
+    let (filter, disk) = (join(filter), join(disk));
+    network?;
+    disk?;
+    watch_denied(vm, filter?)?;
+    hide_the_host(vm)?;
+    let config = gvisor::bundle_config(&vm.scratch("root"), AGENT, &vm.scratch("netns"), vm.launch.spec.id.as_str());
+    fs::write(vm.scratch("bundle/config.json"), config.to_string()).map_err(|e| step("the bundle", e))
+}
+
+fn mount_root(vm: &Vm) -> Step<()> {
+    let (disk, root) = (vm.scratch("disk"), vm.scratch("root"));
+    mount_disk(&vm.folder.join(DISK), &disk).map_err(|e| step("mounting the disk", e))?;
+    mount_overlay(&[&vm.launch.agent_dir, &vm.launch.image], &disk, &root).map_err(|e| step("mounting the root", e))
+}
+
+/// The guest's network namespace, kept by a name in the scratch folder.
+fn make_guest_namespace(vm: &Vm) -> Step<()> {
+    unshare(CloneFlags::CLONE_NEWNET).map_err(|e| step("a network namespace", e))?;
+    prove_apart(vm)?;
+    network::configure_guest(std::process::id()).map_err(|e| step("the guest's network", e))?;
+    let name = vm.scratch("netns");
+    File::create(&name).map_err(|e| step("the guest's network", e))?;
+    let none = None::<&str>;
+    mount(Some("/proc/thread-self/ns/net"), &name, none, MsFlags::MS_BIND, none)
+        .map_err(|e| step("keeping the guest's network", e))
+}
+
+fn configure_network(vm: &Vm) -> Step<()> {
+    let launch = &vm.launch;
+    network::configure_gateway(launch.uplink.is_some()).map_err(|e| step("the gateway", e))?;
+    let Some(uplink) = launch.uplink else { return Ok(()) };
+    network::configure_uplink(&launch.spec.id, uplink, &vm.host_namespace, std::process::id())
+        .map_err(|e| step("the uplink", e))?;
+    on_host(vm, || filter::open_host(&launch.spec.id, &launch.spec.egress))
+        .map_err(|e| step("the host's filter", e))?;
+    dns::serve(network::GATEWAY_V4, launch.resolvers.clone(), &vm.host_namespace).map_err(|e| step("the resolver", e))
+}
+
+/// Does something in the host's network namespace, on a thread of its own.
+pub(super) fn on_host<T: Send, E: std::fmt::Display + Send>(
+    vm: &Vm,
+    work: impl FnOnce() -> Result<T, E> + Send,
+) -> Step<T> {
+    thread::scope(|scope| {
+        join(scope.spawn(|| {
+            nix::sched::setns(&vm.host_namespace, CloneFlags::CLONE_NEWNET).map_err(|e| e.to_string())?;
+            work().map_err(|e| e.to_string())
+        }))
+    })
+}
+
+fn watch_denied(vm: &Arc<Vm>, listener: Listener) -> Step<()> {
+    let vm = Arc::clone(vm);
+    let watch = move || {
+        while let Ok(()) = listener.wait(|destination| {
+            let text = destination.to_string();
+            if vm.denied.lock().is_ok_and(|mut counts| counts.count(destination)) {
+                vm.engine_log.line(format!("denied {text}"));
+            }
+        }) {}
+    };
+    let thread = thread::Builder::new().name("denied".into()).stack_size(128 * 1024);
+    thread.spawn(watch).map(drop).map_err(|e| step("a thread", e))
+}
+
+/// What `runsc` must not see of the host's /proc. Its check that the network isn't the host's takes the presence of
+/// `net/core/rmem_default` for the host's namespace, which newer kernels show in every one; [`prove_apart`] stands for
+/// it. And the guest's memory is what it finds in /proc/meminfo.
+fn hide_the_host(vm: &Vm) -> Step<()> {
+    let none = None::<&str>;
+    mount(Some("tiffin"), "/proc/sys/net", Some("tmpfs"), MsFlags::MS_RDONLY, none)
+        .map_err(|e| step("hiding /proc/sys/net", e))?;
+    let meminfo = vm.scratch("meminfo");
+    fs::write(&meminfo, gvisor::meminfo(vm.launch.spec.size.mem_mb)).map_err(|e| step("the memory's size", e))?;
+    mount(Some(&meminfo), "/proc/meminfo", none, MsFlags::MS_BIND, none).map_err(|e| step("the memory's size", e))
+}
+
+/// Starts the engine's launcher: it says that it is there, joins the VM's control groups and waits at the gate.
+fn spawn_engine(vm: &Vm, (gate, opener): (RawFd, RawFd), forker: OwnedFd, pid_file: &Path) -> Step<Child> {
+    vm.group.create(vm.launch.spec.size).map_err(|e| step("the control groups", e))?;
+    vm.note_oom_kills();
+    let door = vm.group.door().map_err(|e| step("the control groups", e))?;
+    let mut command: Command = vm.with_paths(|paths| gvisor::run(paths, pid_file));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear();
+    // SAFETY: only system calls that are async-signal-safe, on descriptors that are open in the parent until the spawn
+    // has returned.
+    unsafe {
+        command.pre_exec(move || {
+            // With its own copy of the other end open it would never see it close.
+            libc::close(opener);
+            libc::write(forker.as_raw_fd(), b"f".as_ptr().cast(), 1);
+            door.enter()?;
+            let mut word = 0u8;
+            match libc::read(gate, (&raw mut word).cast(), 1) {
+                1 => Ok(()),
+                _ => Err(io::Error::from_raw_os_error(libc::ECANCELED)),
+            }
+        });
+    }
+    command.spawn().map_err(|e| step("starting runsc", e))
+}
+
+/// Tells the agent who it is, and listens to what it and the engine say from then on.
+fn boot_agent(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
+    let spec = &vm.launch.spec;
+    let mut addresses = vec![network::GUEST_V4.to_string()];
+    if vm.ipv6 {
+        addresses.push(network::GUEST_V6.to_owned());
+    }
+    let resolvers = vm.launch.uplink.map(|_| network::GATEWAY_V4.to_string()).into_iter().collect();
+    let boot = Boot {
+        token: vm.launch.token.clone(),
+        hostname: spec.id.as_str().to_owned(),
+        addresses,
+        resolvers,
+        cpus: spec.size.cpus,
+        max_pids: limits::GUEST_PIDS,
+    };
+    let mut line = serde_json::to_vec(&boot).map_err(|e| step("the agent's boot line", e))?;
+    line.push(b'\n');
+    if let Some(events) = child.stdout.take() {
+        let of = Arc::clone(vm);
+        vm.add_listener("events", move || follow_events(&of, events)).map_err(|e| step("a thread", e))?;
+    }
+    if let Some(console) = child.stderr.take() {
+        let of = Arc::clone(vm);
+        vm.add_listener("console", move || of.console.copy_from(console)).map_err(|e| step("a thread", e))?;
+    }
+    if let Some(mut stdin) = child.stdin.take() {
+        // A launcher that has ended doesn't read; its exit status says more than the broken pipe.
+        let _ = stdin.write_all(&line);
+    }
+    Ok(())
+}
+
+/// Follows the agent's events until the pipe ends. What breaks the protocol ends the following, not the reading: a
+/// guest must not come to stand because nobody empties its pipe.
+fn follow_events(vm: &Vm, mut events: impl Read) {
+    loop {
+        match next_event(&mut events) {
+            Ok(Event::Ready { .. }) => vm.ready(),
+            Ok(Event::Failed { message }) => {
+                let message: String = message.chars().take(500).collect();
+                vm.errors.line(format!("the agent failed: {message}"));
+                vm.decide_end(EndReason::BootFailed, "the guest's agent could not set the guest up");
+            }
+            Err(error) => {
+                if error.kind() != io::ErrorKind::UnexpectedEof {
+                    vm.errors.line(format!("the agent's events: {error}"));
+                }
+                let _ = io::copy(&mut events, &mut io::sink());
+                return;
+            }
+        }
+    }
+}
+
+fn next_event(from: &mut impl Read) -> io::Result<Event> {
+    let mut header = [0; HEADER];
+    from.read_exact(&mut header)?;
+    let length = decode_header(header).map_err(io::Error::other)?;
+    if length > MAX_EVENT {
+        return Err(io::Error::other(format!("an event of {length} bytes")));
+    }
+    let mut bytes = vec![0; length];
+    from.read_exact(&mut bytes)?;
+    match Kind::from_byte(bytes[0]).map_err(io::Error::other)? {
+        Kind::Event => serde_json::from_slice(&bytes[1..]).map_err(io::Error::other),
+        other => Err(io::Error::other(format!("a {other:?} frame"))),
+    }
+}
+
+/// The launcher ends once the sandbox runs; it leaves its reason on standard error, which is the console's.
+fn wait_for_launcher(vm: &Vm, child: &mut Child, deadline: Instant) -> Step<()> {
+    let mut pause = Duration::from_micros(500);
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => return Ok(()),
+            Ok(Some(status)) => return Err(format!("runsc ended with {status}; the console has its words")),
+            Ok(None) if Instant::now() >= deadline => {
+                vm.decide_end(EndReason::BootTimeout, "the engine was not up in time");
+                return Err("runsc took too long".into());
+            }
+            Ok(None) => thread::sleep(pause),
+            Err(error) => return Err(step("waiting for runsc", error)),
+        }
+        pause = (pause * 5 / 4).min(Duration::from_millis(5));
+    }
+}

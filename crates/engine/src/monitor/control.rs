@@ -1,0 +1,242 @@
+//! The monitor's socket: one question per connection, answered by a thread of its own.
+//!
+//! Only root can connect (the folder and the socket are root's), so what comes is trusted to be the server's; it is
+//! still bounded.
+
+use std::{
+    io::{self, BufRead, BufReader, IoSlice, Read, Write},
+    net::{SocketAddr, TcpStream},
+    os::{
+        fd::AsRawFd,
+        unix::net::{UnixListener, UnixStream},
+    },
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use tiffin_protocol::{AGENT_PORT, HEADER, Kind, Op, Request, Shutdown, decode_header, encode};
+
+use super::{
+    launch::{Ask, Phase, Reply},
+    state::{Vm, Waiter},
+};
+use crate::{
+    gvisor,
+    host::{network::GUEST_V4, process},
+};
+
+/// Connections at once.
+const MAX_CONNECTIONS: usize = 256;
+/// Bytes of a question.
+const MAX_ASK: u64 = 4096;
+/// How long a connection into the guest may take.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is looked whether somebody who waits for the guest's end is still there.
+const HANG_UP_INTERVAL: Duration = Duration::from_secs(2);
+/// How much longer than its grace a shutdown may take before the guest is killed.
+const STOP_MARGIN: Duration = Duration::from_secs(2);
+
+/// Serves the socket from now on, on threads of its own.
+pub(super) fn serve(vm: Arc<Vm>, socket: UnixListener) -> io::Result<()> {
+    let open = Arc::new(AtomicUsize::new(0));
+    let accept = move || {
+        for connection in socket.incoming().filter_map(Result::ok) {
+            if open.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
+                open.fetch_sub(1, Ordering::SeqCst);
+                continue;
+            }
+            let (vm, counted) = (Arc::clone(&vm), Arc::clone(&open));
+            let answer = move || {
+                // The server hung up: there is nobody to tell.
+                let _ = serve_one(&vm, connection);
+                counted.fetch_sub(1, Ordering::SeqCst);
+            };
+            let spawned = thread::Builder::new().name("control".into()).stack_size(128 * 1024).spawn(answer);
+            if spawned.is_err() {
+                open.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+    };
+    thread::Builder::new().name("accept".into()).stack_size(64 * 1024).spawn(accept).map(drop)
+}
+
+fn serve_one(vm: &Vm, mut connection: UnixStream) -> io::Result<()> {
+    connection.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut line = String::new();
+    BufReader::new((&connection).take(MAX_ASK)).read_line(&mut line)?;
+    let ask: Ask = serde_json::from_str(&line).map_err(io::Error::other)?;
+    match ask {
+        Ask::Phase => say(&mut connection, &Reply::Phase { phase: vm.phase() }),
+        Ask::Watch => watch(vm, &mut connection),
+        Ask::Dial { port } => dial(vm, &mut connection, port),
+        Ask::Stop { grace_ms } => {
+            let waiter = vm.waiter();
+            stop(vm, Duration::from_millis(grace_ms), &waiter);
+            tell_end(&waiter, &mut connection)
+        }
+        Ask::Kill => {
+            let waiter = vm.waiter();
+            vm.request_stop();
+            vm.kill_all();
+            tell_end(&waiter, &mut connection)
+        }
+        Ask::Pause => freeze(vm, &mut connection, Phase::Running, Phase::Paused, gvisor::pause),
+        Ask::Resume => freeze(vm, &mut connection, Phase::Paused, Phase::Running, gvisor::resume),
+        Ask::Denied => {
+            let denied = vm.denied.lock().map(|counts| counts.report()).unwrap_or_default();
+            say(&mut connection, &Reply::Denied { denied })
+        }
+    }
+}
+
+fn say(connection: &mut UnixStream, reply: &Reply) -> io::Result<()> {
+    connection.write_all(&line(reply)?)
+}
+
+fn line(reply: &Reply) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(reply).map_err(io::Error::other)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+fn refuse(connection: &mut UnixStream, message: impl Into<String>) -> io::Result<()> {
+    say(connection, &Reply::Refused { message: message.into() })
+}
+
+fn watch(vm: &Vm, connection: &mut UnixStream) -> io::Result<()> {
+    let waiter = vm.waiter();
+    loop {
+        match vm.wait_while(Phase::Starting, Some(Instant::now() + HANG_UP_INTERVAL)) {
+            None if hung_up(connection) => return Ok(()),
+            None => {}
+            Some(Phase::Ended) => break,
+            Some(Phase::Starting | Phase::Running | Phase::Paused) => {
+                say(connection, &Reply::Ready)?;
+                break;
+            }
+        }
+    }
+    tell_end(&waiter, connection)
+}
+
+/// Waits for the end and passes it on.
+fn tell_end(waiter: &Waiter, connection: &mut UnixStream) -> io::Result<()> {
+    loop {
+        match waiter.wait(Some(Instant::now() + HANG_UP_INTERVAL)) {
+            Some(report) => return say(connection, &Reply::Ended { report }),
+            None if hung_up(connection) => return Ok(()),
+            None => {}
+        }
+    }
+}
+
+/// Whether the asker is gone: a server that was killed must not keep its threads here.
+fn hung_up(connection: &UnixStream) -> bool {
+    let mut byte = 0u8;
+    // SAFETY: recv(2) of one byte into a local, on an open socket.
+    let peeked = unsafe {
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        libc::recv(connection.as_raw_fd(), (&raw mut byte).cast(), 1, flags)
+    };
+    peeked == 0
+}
+
+fn dial(vm: &Vm, connection: &mut UnixStream, port: u16) -> io::Result<()> {
+    if vm.phase() != Phase::Running {
+        return say(connection, &Reply::NotRunning);
+    }
+    match guest(port) {
+        Ok(stream) => {
+            let fds = [stream.as_raw_fd()];
+            let reply = line(&Reply::Dialled)?;
+            sendmsg::<()>(
+                connection.as_raw_fd(),
+                &[IoSlice::new(&reply)],
+                &[ControlMessage::ScmRights(&fds)],
+                MsgFlags::empty(),
+                None,
+            )?;
+            Ok(())
+        }
+        Err(error) => refuse(connection, error.to_string()),
+    }
+}
+
+/// A connection into the guest: the monitor is in the gateway's namespace, so the guest is its neighbour.
+fn guest(port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST_V4, port)), DIAL_TIMEOUT)?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Asks the guest to end and kills what is left after the grace.
+fn stop(vm: &Vm, grace: Duration, waiter: &Waiter) {
+    vm.request_stop();
+    let deadline = Instant::now() + grace + STOP_MARGIN;
+    if vm.phase() == Phase::Paused && run(vm, gvisor::resume).is_ok() {
+        vm.set_phase(Phase::Running);
+    }
+    if vm.phase() == Phase::Running {
+        match shut_down(vm, grace) {
+            Ok(()) if waiter.wait(Some(deadline)).is_some() => return,
+            Ok(()) => vm.engine_log.line("the guest did not end within the grace: killed"),
+            Err(error) => vm.engine_log.line(format!("the guest could not be asked to end ({error}): killed")),
+        }
+    }
+    vm.kill_all();
+}
+
+/// The agent's shutdown request. Its answer comes when every process is gone.
+fn shut_down(vm: &Vm, grace: Duration) -> io::Result<()> {
+    let mut agent = guest(AGENT_PORT)?;
+    agent.set_read_timeout(Some(grace + STOP_MARGIN))?;
+    let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+    let request = Request { token: vm.launch.token.clone(), op: Op::Shutdown(Shutdown { grace_ms }) };
+    let request = serde_json::to_vec(&request).map_err(io::Error::other)?;
+    agent.write_all(&encode(Kind::Request, &request))?;
+    let mut header = [0; HEADER];
+    agent.read_exact(&mut header)?;
+    decode_header(header).map_err(io::Error::other)?;
+    let mut kind = [0; 1];
+    agent.read_exact(&mut kind)?;
+    match Kind::from_byte(kind[0]).map_err(io::Error::other)? {
+        Kind::Done => Ok(()),
+        other => Err(io::Error::other(format!("the agent answered {other:?}"))),
+    }
+}
+
+fn freeze(
+    vm: &Vm,
+    connection: &mut UnixStream,
+    from: Phase,
+    to: Phase,
+    command: impl FnOnce(&gvisor::Paths) -> Command,
+) -> io::Result<()> {
+    let phase = vm.phase();
+    if phase == to {
+        return say(connection, &Reply::Done);
+    }
+    if phase != from {
+        return say(connection, &Reply::NotRunning);
+    }
+    match run(vm, command) {
+        Ok(()) => {
+            vm.set_phase(to);
+            say(connection, &Reply::Done)
+        }
+        Err(error) => {
+            vm.errors.line(error.to_string());
+            refuse(connection, "the engine could not do it")
+        }
+    }
+}
+
+fn run(vm: &Vm, command: impl FnOnce(&gvisor::Paths) -> Command) -> Result<(), process::ToolError> {
+    process::run(vm.with_paths(command), "").map(drop)
+}

@@ -1,0 +1,134 @@
+//! The end of a guest: noticing it, naming its reason, and leaving the host clean.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
+    unistd::Pid,
+};
+use tiffin_types::vm::{EndReason, EndReport};
+
+use super::{
+    boot::on_host,
+    launch::{self, END, SOCKET},
+    state::Vm,
+};
+use crate::host::{filter, mount};
+
+/// How often the kernel's count of memory kills is looked at.
+const OOM_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Waits for the sandbox's end and says why it came.
+pub(super) fn wait(vm: &Arc<Vm>, sandbox: Pid) -> EndReport {
+    watch_memory(vm);
+    let status = loop {
+        match waitpid(sandbox, None) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => break other,
+        }
+    };
+    vm.engine_log.line(format!("the sandbox ended: {status:?}"));
+    why(vm, status)
+}
+
+/// The kernel may kill a helper of the sandbox instead of the sandbox: over the limit, the VM ends either way.
+fn watch_memory(vm: &Arc<Vm>) {
+    let watched = Arc::clone(vm);
+    let thread = thread::Builder::new().name("memory".into()).stack_size(64 * 1024);
+    let spawned = thread.spawn(move || {
+        loop {
+            thread::sleep(OOM_INTERVAL);
+            if watched.is_oom() {
+                watched.decide_end(EndReason::Oom, oom_message(&watched));
+                return;
+            }
+        }
+    });
+    if let Err(error) = spawned {
+        vm.errors.line(format!("the memory's watcher: {error}"));
+    }
+}
+
+fn oom_message(vm: &Vm) -> String {
+    format!("the VM went over its memory limit of {} MiB", vm.launch.spec.size.mem_mb)
+}
+
+fn why(vm: &Vm, status: nix::Result<WaitStatus>) -> EndReport {
+    let report = |reason, message: String| EndReport { reason, message, exit_code: None };
+    if vm.is_oom() {
+        return report(EndReason::Oom, oom_message(vm));
+    }
+    if let Some(verdict) = vm.verdict() {
+        return verdict;
+    }
+    if vm.stop_requested() {
+        return report(EndReason::Requested, "stopped on request".into());
+    }
+    match status {
+        Ok(WaitStatus::Exited(_, code)) => {
+            report(EndReason::AgentLost, format!("the agent in the guest ended (exit status {code})"))
+        }
+        Ok(WaitStatus::Signaled(_, signal, _)) => {
+            report(EndReason::EngineLost, format!("the engine was killed by {signal}"))
+        }
+        Ok(_) | Err(_) => report(EndReason::EngineLost, "the engine is gone".into()),
+    }
+}
+
+/// Clears everything but the folder, records the end and tells everyone who waits.
+pub(super) fn finish(vm: &Vm, report: EndReport) {
+    vm.kill_all();
+    reap_all(Instant::now() + Duration::from_secs(5));
+    vm.hear_out();
+    for name in ["root", "disk"] {
+        if let Err(error) = unmount(&vm.scratch(name)) {
+            vm.errors.line(format!("unmounting the {name}: {error}"));
+        }
+    }
+    if let Err(error) = vm.group.remove() {
+        vm.errors.line(format!("removing the control groups: {error}"));
+    }
+    if vm.launch.uplink.is_some() {
+        let spec = &vm.launch.spec;
+        let _ = on_host(vm, || {
+            filter::close_host(&spec.id, &spec.egress);
+            Ok::<(), std::convert::Infallible>(())
+        });
+    }
+    vm.engine_log.line(format!("ended: {} ({})", report.reason.as_str(), report.message));
+    if let Err(error) = launch::write(&vm.folder, END, &report, true) {
+        vm.errors.line(format!("recording the end: {error}"));
+    }
+    vm.publish_end(report);
+    // Nobody can ask any more; a socket that nobody serves would look like a monitor that hangs.
+    let _ = launch::remove(&vm.folder, SOCKET);
+}
+
+/// The mount of a process that has just been reaped may be busy for a moment.
+fn unmount(at: &Path) -> std::io::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(3);
+    loop {
+        match mount::unmount(at) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Collects every process of the namespace, so that nothing holds a mount or a control group.
+fn reap_all(deadline: Instant) {
+    while Instant::now() < deadline {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => thread::sleep(Duration::from_millis(1)),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => return,
+        }
+    }
+}

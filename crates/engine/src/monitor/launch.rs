@@ -1,0 +1,183 @@
+//! What the server and a VM's monitor tell each other: the files in the VM's folder and the words on its socket.
+//!
+//! The folder is the truth that outlives both. `spec.json` is written at create, `launch.json` at each start,
+//! `run.json` by the monitor's first stage, `end.json` by the monitor as its last act.
+
+use std::{
+    fs,
+    io::{self, Write},
+    net::SocketAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tiffin_types::vm::{EndReport, EngineName, VmSpec};
+
+use crate::{
+    Denied,
+    host::{network::Uplink, process::ProcessId},
+};
+
+/// The VM as created.
+pub const SPEC: &str = "spec.json";
+/// The start that is under way, or was the last.
+pub const LAUNCH: &str = "launch.json";
+/// The monitor's process.
+pub const RUN: &str = "run.json";
+/// How the last run ended.
+pub const END: &str = "end.json";
+/// The monitor's socket.
+pub const SOCKET: &str = "monitor.sock";
+/// The VM's writable layer.
+pub const DISK: &str = "disk.ext4";
+/// What the monitor mounts, in its own mount namespace only.
+pub const SCRATCH: &str = "mnt";
+
+/// All that a monitor needs to know.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Launch {
+    /// The VM.
+    pub spec: VmSpec,
+    /// What runs it.
+    pub engine: EngineName,
+    /// The image's mounted filesystem.
+    pub image: PathBuf,
+    /// The folder that holds the agent's program.
+    pub agent_dir: PathBuf,
+    /// The `runsc` program.
+    pub runsc: PathBuf,
+    /// The link to the host, when something outside is allowed.
+    pub uplink: Option<Uplink>,
+    /// Whom the DNS forwarder asks.
+    pub resolvers: Vec<SocketAddr>,
+    /// The agent's secret for this run.
+    pub token: String,
+    /// How long the guest has to come up, in milliseconds.
+    pub boot_timeout_ms: u64,
+}
+
+/// The monitor's process, written before its first stage ends.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Run {
+    /// The monitor.
+    pub process: ProcessId,
+    /// The host's boot that it belongs to.
+    pub boot_id: String,
+}
+
+/// What a monitor can be asked: one line of JSON, one per connection.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "snake_case")]
+pub enum Ask {
+    /// Answered at once with [`Reply::Phase`].
+    Phase,
+    /// Answered with [`Reply::Ready`] once the guest is up, then with [`Reply::Ended`] once it is down.
+    Watch,
+    /// A TCP connection to the guest: [`Reply::Dialled`] with the descriptor beside it.
+    Dial {
+        /// The guest's port.
+        port: u16,
+    },
+    /// Shut the guest down within the grace, then kill; answered with [`Reply::Ended`].
+    Stop {
+        /// Milliseconds between asking and killing.
+        grace_ms: u64,
+    },
+    /// Kill at once; answered with [`Reply::Ended`].
+    Kill,
+    /// Freeze; [`Reply::Done`].
+    Pause,
+    /// Go on; [`Reply::Done`].
+    Resume,
+    /// What the network refused; [`Reply::Denied`].
+    Denied,
+}
+
+/// A monitor's answer: one line of JSON.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// Where the guest is.
+    Phase {
+        /// The phase.
+        phase: Phase,
+    },
+    /// The guest is up.
+    Ready,
+    /// The guest is down and nothing of it is left but its folder.
+    Ended {
+        /// How it ended.
+        report: EndReport,
+    },
+    /// The connection stands.
+    Dialled,
+    /// It is done.
+    Done,
+    /// What the network refused.
+    Denied {
+        /// The counts.
+        denied: Denied,
+    },
+    /// The guest's phase isn't one for that.
+    NotRunning,
+    /// It can't be done.
+    Refused {
+        /// Why.
+        message: String,
+    },
+}
+
+/// Where a guest is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// On its way up.
+    Starting,
+    /// The agent is ready.
+    Running,
+    /// Frozen.
+    Paused,
+    /// Down.
+    Ended,
+}
+
+/// Reads one of the folder's files; `None` when it isn't there.
+///
+/// # Errors
+/// When it can't be read or isn't what it should be.
+pub fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> io::Result<Option<T>> {
+    match fs::read(dir.join(name)) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(io::Error::other),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes one of the folder's files, for root's eyes only: whole under its name, or not at all. `durable` waits for the
+/// host's disk.
+///
+/// # Errors
+/// The kernel's; a full disk among them.
+pub fn write(dir: &Path, name: &str, value: &impl Serialize, durable: bool) -> io::Result<()> {
+    let unfinished = dir.join(format!("{name}.tmp"));
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+    file.write_all(&serde_json::to_vec(value).map_err(io::Error::other)?)?;
+    if durable {
+        file.sync_all()?;
+    }
+    fs::rename(&unfinished, dir.join(name))?;
+    // The name, too, has to outlive a power cut.
+    if durable { fs::File::open(dir)?.sync_all() } else { Ok(()) }
+}
+
+/// Removes one of the folder's files; absent is fine.
+///
+/// # Errors
+/// The kernel's.
+pub fn remove(dir: &Path, name: &str) -> io::Result<()> {
+    match fs::remove_file(dir.join(name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

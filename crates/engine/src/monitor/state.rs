@@ -1,0 +1,233 @@
+//! What the monitor's threads share: where the guest is, and who waits for what.
+
+use std::{
+    fs::File,
+    io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{
+        Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use tiffin_types::vm::{EndReason, EndReport};
+
+use super::{
+    Host,
+    launch::{Launch, Phase, SCRATCH},
+    log::Log,
+};
+use crate::{
+    LogKind,
+    gvisor::Paths,
+    host::{
+        cgroup::{Cgroups, Group},
+        denied::Counts,
+        network::has_ipv6,
+    },
+};
+
+/// The VM, as its monitor knows it.
+pub(super) struct Vm {
+    pub(super) folder: PathBuf,
+    pub(super) launch: Launch,
+    pub(super) host_namespace: File,
+    pub(super) host_namespace_id: (u64, u64),
+    pub(super) host_addresses: Vec<IpAddr>,
+    pub(super) group: Group,
+    /// Whether the host has IPv6; asked before the answer is hidden.
+    pub(super) ipv6: bool,
+    /// The kernel's count of memory kills when the group was made: one that outlived its last run has counted before.
+    oom_kills_before: AtomicU64,
+    pub(super) engine_log: Log,
+    pub(super) console: Log,
+    pub(super) errors: Log,
+    pub(super) denied: Mutex<Counts>,
+    /// Somebody asked for the end: whatever ends the guest from now on was asked for.
+    stop_requested: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Threads that read what the guest says, until its last word.
+    listeners: Mutex<Vec<JoinHandle<()>>>,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    /// Why the monitor itself decided to end the guest.
+    verdict: Option<EndReport>,
+    report: Option<EndReport>,
+    /// Connections that still have to be told of the end.
+    waiting: usize,
+}
+
+impl Vm {
+    pub(super) fn new(folder: PathBuf, launch: Launch, host: Host) -> io::Result<Self> {
+        let log = |kind| Log::new(&folder, kind);
+        Ok(Self {
+            group: Cgroups::detect()?.group(&launch.spec.id),
+            ipv6: has_ipv6(),
+            oom_kills_before: AtomicU64::new(0),
+            engine_log: log(LogKind::Engine),
+            console: log(LogKind::Console),
+            errors: log(LogKind::EngineErrors),
+            folder,
+            launch,
+            host_namespace: host.namespace,
+            host_namespace_id: host.namespace_id,
+            host_addresses: host.addresses,
+            denied: Mutex::new(Counts::default()),
+            stop_requested: AtomicBool::new(false),
+            state: Mutex::new(State { phase: Phase::Starting, verdict: None, report: None, waiting: 0 }),
+            changed: Condvar::new(),
+            listeners: Mutex::default(),
+        })
+    }
+
+    /// A path in the folder that only the monitor's mount namespace shows.
+    pub(super) fn scratch(&self, name: &str) -> PathBuf {
+        self.folder.join(SCRATCH).join(name)
+    }
+
+    pub(super) fn with_paths<T>(&self, f: impl FnOnce(&Paths) -> T) -> T {
+        let (state, bundle) = (self.scratch("runsc"), self.scratch("bundle"));
+        f(&Paths { runsc: Path::new(&self.launch.runsc), state: &state, bundle: &bundle })
+    }
+
+    /// Starts a thread that reads one of the guest's pipes to its end.
+    pub(super) fn add_listener(&self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let thread = thread::Builder::new().name(name.into()).stack_size(256 * 1024).spawn(work)?;
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// Waits until everything that the guest said has been read. Only once every process is gone: the pipes end with
+    /// their last holder.
+    pub(super) fn hear_out(&self) {
+        let listeners = std::mem::take(&mut *self.listeners.lock().unwrap_or_else(PoisonError::into_inner));
+        for listener in listeners {
+            let _ = listener.join();
+        }
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.lock().phase
+    }
+
+    /// The agent is ready. Only the first time counts: a guest may say it again whenever it likes.
+    pub(super) fn ready(&self) {
+        if self.phase() == Phase::Starting {
+            self.set_phase(Phase::Running);
+        }
+    }
+
+    /// Remembers the kernel's count of memory kills.
+    pub(super) fn note_oom_kills(&self) {
+        self.oom_kills_before.store(self.group.oom_kills(), Ordering::SeqCst);
+    }
+
+    /// Whether the kernel has killed something of this run for want of memory.
+    pub(super) fn is_oom(&self) -> bool {
+        self.group.oom_kills() > self.oom_kills_before.load(Ordering::SeqCst)
+    }
+
+    /// Moves on, unless the end has come.
+    pub(super) fn set_phase(&self, phase: Phase) {
+        let mut state = self.lock();
+        if state.phase != Phase::Ended {
+            state.phase = phase;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until the phase is no longer `phase`; gives the new one, or `None` at the deadline.
+    pub(super) fn wait_while(&self, phase: Phase, deadline: Option<Instant>) -> Option<Phase> {
+        self.wait(deadline, |state| state.phase != phase).map(|state| state.phase)
+    }
+
+    /// The monitor doesn't end before this is dropped (or a second has passed): hold it until the end is passed on.
+    pub(super) fn waiter(&self) -> Waiter<'_> {
+        self.lock().waiting += 1;
+        Waiter { vm: self }
+    }
+
+    /// The end, for everyone to see; returns when all who waited have passed it on, or soon.
+    pub(super) fn publish_end(&self, report: EndReport) {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        {
+            let mut state = self.lock();
+            state.phase = Phase::Ended;
+            state.report = Some(report);
+        }
+        self.changed.notify_all();
+        self.wait(Some(deadline), |state| state.waiting == 0);
+    }
+
+    pub(super) fn request_stop(&self) {
+        self.stop_requested.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn stop_requested(&self) -> bool {
+        self.stop_requested.load(Ordering::SeqCst)
+    }
+
+    /// The monitor's own decision to end the guest; the first one counts.
+    pub(super) fn decide_end(&self, reason: EndReason, message: impl Into<String>) {
+        self.lock().verdict.get_or_insert(EndReport { reason, message: message.into(), exit_code: None });
+        self.kill_all();
+    }
+
+    pub(super) fn verdict(&self) -> Option<EndReport> {
+        self.lock().verdict.clone()
+    }
+
+    /// Kills everything in the VM's PID namespace but the monitor, which is its PID 1.
+    pub(super) fn kill_all(&self) {
+        assert_eq!(std::process::id(), 1, "kill(-1) outside the VM's own PID namespace");
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), nix::sys::signal::Signal::SIGKILL);
+    }
+
+    fn wait(&self, deadline: Option<Instant>, done: impl Fn(&State) -> bool) -> Option<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        while !done(&state) {
+            state = match deadline {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return None;
+                    }
+                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        Some(state)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while holding it leaves plain values, which are still right.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Somebody who waits for the end.
+pub(super) struct Waiter<'a> {
+    vm: &'a Vm,
+}
+
+impl Waiter<'_> {
+    /// The end, or `None` at the deadline.
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> Option<EndReport> {
+        self.vm.wait(deadline, |state| state.report.is_some())?.report.clone()
+    }
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.vm.lock().waiting -= 1;
+        self.vm.changed.notify_all();
+    }
+}

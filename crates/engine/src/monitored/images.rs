@@ -1,0 +1,76 @@
+//! Images as the engine uses them: mounted once, read-only, shared by all VMs of the image.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use tiffin_types::id::Digest;
+use tokio::sync::Mutex;
+
+use super::{HostConfig, blocking};
+use crate::{
+    EngineError,
+    host::mount::{is_mounted, mount_image, unmount},
+};
+
+pub(super) struct Images {
+    blobs: PathBuf,
+    mounts: PathBuf,
+    mounting: Mutex<()>,
+}
+
+impl Images {
+    pub(super) fn new(config: &HostConfig) -> Self {
+        Self {
+            blobs: config.data_dir.join("images/sha256"),
+            mounts: config.run_dir.join("images"),
+            mounting: Mutex::new(()),
+        }
+    }
+
+    fn blob(&self, digest: &Digest) -> PathBuf {
+        self.blobs.join(format!("{}.erofs", digest.hex()))
+    }
+
+    /// Refuses an image that isn't in the blob store.
+    pub(super) fn require(&self, digest: &Digest) -> Result<(), EngineError> {
+        match self.blob(digest).try_exists() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(EngineError::Invalid(format!("the image's filesystem {digest} is not on this host"))),
+            Err(error) => Err(EngineError::host("looking for the image", error)),
+        }
+    }
+
+    /// The folder that shows the image; mounted now if it wasn't.
+    pub(super) async fn mounted(&self, digest: &Digest) -> Result<PathBuf, EngineError> {
+        self.require(digest)?;
+        let (blob, at) = (self.blob(digest), self.mounts.join(digest.hex()));
+        let _one_at_a_time = self.mounting.lock().await;
+        blocking(move || {
+            if !is_mounted(&at) {
+                mount_image(&blob, &at)?;
+            }
+            Ok(at)
+        })
+        .await
+        .map_err(|e| EngineError::host("mounting the image", e))
+    }
+
+    /// Unmounts the images that no VM uses.
+    pub(super) fn release_unused(&self, used: &[Digest]) {
+        let Ok(entries) = fs::read_dir(&self.mounts) else { return };
+        for at in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let is_used = used.iter().any(|digest| at.ends_with(digest.hex()));
+            if !is_used && let Err(error) = release(&at) {
+                tracing::warn!("unmounting an image at {}: {error}", at.display());
+            }
+        }
+    }
+}
+
+/// Unmounts one image and removes its mount point.
+pub(super) fn release(at: &Path) -> io::Result<()> {
+    unmount(at)?;
+    fs::remove_dir(at)
+}

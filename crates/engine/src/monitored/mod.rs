@@ -1,0 +1,474 @@
+//! The engine whose VMs each live under a monitor: the server's side of it.
+//!
+//! It holds nothing that matters: what a VM is stands in its folder, what it does its monitor knows. Losing this process
+//! loses nothing, and [`Monitored::adopt`] is how another one goes on.
+
+mod agent;
+mod clean;
+mod config;
+mod folder;
+mod images;
+mod leftovers;
+mod stream;
+mod talk;
+mod uplinks;
+mod watch;
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use tiffin_protocol::AGENT_PORT;
+use tiffin_types::{
+    id::VmId,
+    vm::{EndReport, EngineName, Isolation, VmSpec},
+};
+use tokio::sync::mpsc;
+
+pub use self::{
+    clean::{Cleaned, clean},
+    config::HostConfig,
+};
+use self::{images::Images, leftovers::Leftovers, stream::GuestStream, uplinks::Uplinks, watch::Watch};
+use crate::{
+    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Started, Target,
+    host::{
+        cgroup::Cgroups,
+        disk, filter,
+        mount::{free_bytes, wait_detached},
+    },
+    monitor::{
+        launch::{self, Ask, DISK, END, LAUNCH, Launch, Phase, RUN, Reply, SPEC},
+        log,
+    },
+};
+
+/// How much longer than the guest a monitor may take to come up or go down.
+const MONITOR_MARGIN: Duration = Duration::from_secs(15);
+/// A pause or a resume; the engine's tool has 20 s for it.
+const FREEZE: Duration = Duration::from_secs(25);
+/// An answer that needs no work in the guest.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Ends that nobody has asked for yet.
+const ENDS: usize = 4096;
+
+/// See the module.
+pub struct Monitored {
+    config: Arc<HostConfig>,
+    cgroups: Cgroups,
+    images: Images,
+    /// The folder that is laid over every guest's root: it holds the agent.
+    agent_dir: PathBuf,
+    watches: Arc<Mutex<HashMap<VmId, Watch>>>,
+    uplinks: Uplinks,
+    ends: mpsc::Sender<Ended>,
+    ended: tokio::sync::Mutex<mpsc::Receiver<Ended>>,
+    tasks: tokio_util::task::TaskTracker,
+}
+
+impl Monitored {
+    /// Prepares the host: folders, the host's packet filter. Touches no VM.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`], naming what failed.
+    pub fn open(config: HostConfig) -> Result<Self, EngineError> {
+        let make = |dir: &Path| {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .map_err(|e| EngineError::host(format!("making {}", dir.display()), e))
+        };
+        make(&config.data_dir.join("vms"))?;
+        make(&config.run_dir)?;
+        // The kernel names mounts and loop devices by paths without symbolic links.
+        let real =
+            |dir: &Path| dir.canonicalize().map_err(|e| EngineError::host(format!("looking up {}", dir.display()), e));
+        let config = HostConfig { data_dir: real(&config.data_dir)?, run_dir: real(&config.run_dir)?, ..config };
+        disk::clear_unfinished(&config.data_dir.join("templates"));
+        let cgroups = Cgroups::detect().map_err(|e| EngineError::host("looking for control groups", e))?;
+        filter::apply_host(config.uplinks).map_err(|e| EngineError::host("setting the host's packet filter", e))?;
+        let (ends, ended) = mpsc::channel(ENDS);
+        Ok(Self {
+            images: Images::new(&config),
+            agent_dir: agent::install(&config.agent, &config.data_dir)
+                .map_err(|e| EngineError::host(format!("installing the agent {}", config.agent.display()), e))?,
+            uplinks: Uplinks::new(config.uplinks),
+            config: Arc::new(config),
+            cgroups,
+            watches: Arc::default(),
+            ends,
+            ended: tokio::sync::Mutex::new(ended),
+            tasks: tokio_util::task::TaskTracker::new(),
+        })
+    }
+
+    fn folder(&self, id: &VmId) -> PathBuf {
+        self.config.data_dir.join("vms").join(id.as_str())
+    }
+
+    fn spec(&self, id: &VmId) -> Result<VmSpec, EngineError> {
+        launch::read(&self.folder(id), SPEC)
+            .map_err(|e| EngineError::host(format!("reading the spec of {id}"), e))?
+            .ok_or(EngineError::Absent)
+    }
+
+    fn launch_of(&self, id: &VmId) -> Result<Launch, EngineError> {
+        launch::read(&self.folder(id), LAUNCH)
+            .map_err(|e| EngineError::host(format!("reading the last start of {id}"), e))?
+            .ok_or(EngineError::WrongState("stopped"))
+    }
+
+    fn check_room(&self) -> Result<(), EngineError> {
+        let free = free_bytes(&self.config.data_dir).map_err(|e| EngineError::host("looking for free space", e))? >> 20;
+        if free < self.config.min_free_disk_mb {
+            return Err(EngineError::NoCapacity(format!(
+                "{free} MiB of disk are free, {} must stay so",
+                self.config.min_free_disk_mb
+            )));
+        }
+        Ok(())
+    }
+
+    fn watch(&self, id: &VmId) -> Option<Watch> {
+        self.watches.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// The end of the run that `watch` follows, taken by the caller: it isn't sent to [`Engine::next_end`].
+    async fn taken_end(&self, watch: &Watch, within: Duration) -> Option<EndReport> {
+        watch.claim();
+        tokio::time::timeout(within, watch.ended()).await.ok()
+    }
+
+    /// Kills a monitor that doesn't answer, and with it all of its VM.
+    async fn kill_monitor(&self, id: &VmId) {
+        if let Ok(Some(process)) = folder::monitor(&self.folder(id)) {
+            tracing::warn!(vm = %id, "killing the monitor of {id}, which doesn't answer");
+            process.kill();
+        }
+    }
+
+    async fn start_monitor(&self, id: &VmId, launch: &Launch) -> Result<(), EngineError> {
+        let dir = self.folder(id);
+        let disk = dir.join(DISK);
+        blocking(move || wait_detached(&disk, ANSWER))
+            .await
+            .map_err(|e| EngineError::host("waiting for the disk", e))?;
+        for last in [END, RUN] {
+            launch::remove(&dir, last).map_err(|e| EngineError::host("forgetting the last run", e))?;
+        }
+        launch::write(&dir, LAUNCH, launch, false).map_err(|e| host_or_full("writing the start", e))?;
+        folder::spawn_monitor(&self.config.monitor, &dir).await
+    }
+}
+
+/// Runs what blocks on a thread for that.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+fn host_or_full(context: &str, error: io::Error) -> EngineError {
+    if error.kind() == io::ErrorKind::StorageFull {
+        return EngineError::NoCapacity("the host's disk is full".into());
+    }
+    EngineError::host(context, error)
+}
+
+#[async_trait]
+impl Engine for Monitored {
+    fn name(&self) -> EngineName {
+        EngineName::Gvisor
+    }
+
+    fn isolation(&self) -> Isolation {
+        Isolation::UserspaceKernel
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { pause: true, snapshot: false, kernels: false }
+    }
+
+    async fn create(&self, spec: &VmSpec) -> Result<(), EngineError> {
+        let dir = self.folder(&spec.id);
+        match launch::read::<VmSpec>(&dir, SPEC) {
+            Ok(Some(existing)) if existing == *spec => return Ok(()),
+            Ok(Some(_)) => return Err(EngineError::Invalid("another VM has this id".into())),
+            Ok(None) | Err(_) => {}
+        }
+        self.check_room()?;
+        self.images.require(&spec.image)?;
+        let (spec, templates) = (spec.clone(), self.config.data_dir.join("templates"));
+        tokio::task::spawn_blocking(move || folder::create(&dir, &spec, &templates))
+            .await
+            .map_err(|e| EngineError::host("creating the VM's folder", e))?
+    }
+
+    async fn start(&self, id: &VmId) -> Result<Started, EngineError> {
+        let begun = Instant::now();
+        let spec = self.spec(id)?;
+        match self.observe(id).await {
+            Observed::Stopped { .. } => {}
+            Observed::Running | Observed::Paused | Observed::Starting => {
+                return Err(EngineError::WrongState("running"));
+            }
+            Observed::Absent => return Err(EngineError::Absent),
+            Observed::Unknown => return Err(EngineError::WrongState("not answering")),
+        }
+        // The run before may still be cleared away.
+        if let Some(before) = self.watch(id) {
+            let over = tokio::time::timeout(MONITOR_MARGIN, before.ended()).await;
+            over.map_err(|_| EngineError::WrongState("not answering"))?;
+        }
+        self.check_room()?;
+        let image = self.images.mounted(&spec.image).await?;
+        let uplink = if spec.egress.allows_something() { Some(self.uplinks.take(id).await?) } else { None };
+        let launch = Launch {
+            spec,
+            engine: self.name(),
+            image,
+            agent_dir: self.agent_dir.clone(),
+            runsc: self.config.runsc.clone(),
+            uplink,
+            resolvers: self.config.resolvers.clone(),
+            token: hex::encode(rand::random::<[u8; 32]>()),
+            boot_timeout_ms: u64::try_from(self.config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
+        };
+        if let Err(error) = self.start_monitor(id, &launch).await {
+            self.uplinks.free(id);
+            return Err(error);
+        }
+        let watch = self.follow(id);
+        watch.claim();
+        if tokio::time::timeout(self.config.boot_timeout + MONITOR_MARGIN, watch.ready()).await.is_err() {
+            self.kill_monitor(id).await;
+        }
+        match watch.ended_now() {
+            None if watch.is_ready() => {
+                watch.release();
+                Ok(Started { took: begun.elapsed() })
+            }
+            _ => {
+                let report = watch.ended().await;
+                self.log_cause(id, &report);
+                Err(EngineError::Ended(report))
+            }
+        }
+    }
+
+    async fn stop(&self, id: &VmId, grace: Duration) -> Result<EndReport, EngineError> {
+        let Some(watch) = self.watch_or_follow(id) else {
+            let end = launch::read(&self.folder(id), END).map_err(|e| EngineError::host("reading the end", e))?;
+            return match end {
+                Some(report) => Ok(report),
+                None if self.folder(id).join(SPEC).exists() => Err(EngineError::WrongState("stopped")),
+                None => Err(EngineError::Absent),
+            };
+        };
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        watch.claim();
+        let folder = self.folder(id);
+        let asked = talk::ask(&folder, &Ask::Stop { grace_ms }, grace + MONITOR_MARGIN).await;
+        if asked.is_err() && watch.ended_now().is_none() {
+            self.kill_monitor(id).await;
+        }
+        let end = self.taken_end(&watch, MONITOR_MARGIN).await;
+        if end.is_none() {
+            watch.release();
+        }
+        end.ok_or(EngineError::WrongState("not answering"))
+    }
+
+    async fn pause(&self, id: &VmId) -> Result<(), EngineError> {
+        self.freeze(id, &Ask::Pause).await
+    }
+
+    async fn resume(&self, id: &VmId) -> Result<(), EngineError> {
+        self.freeze(id, &Ask::Resume).await
+    }
+
+    async fn destroy(&self, id: &VmId) -> Result<(), EngineError> {
+        if let Some(watch) = self.watch(id) {
+            watch.claim();
+            let asked = talk::ask(&self.folder(id), &Ask::Kill, ANSWER).await;
+            if asked.is_err() && watch.ended_now().is_none() {
+                self.kill_monitor(id).await;
+            }
+            self.taken_end(&watch, MONITOR_MARGIN).await;
+        } else if let Ok(Some(process)) = folder::monitor(&self.folder(id)) {
+            process.kill();
+        }
+        let cleared = self.leftovers(id).clear().await;
+        cleared.map_err(|e| EngineError::host(format!("clearing what {id} left"), e))?;
+        let dir = self.folder(id);
+        blocking(move || folder::remove(&dir)).await.map_err(|e| EngineError::host(format!("removing {id}"), e))
+    }
+
+    async fn observe(&self, id: &VmId) -> Observed {
+        let dir = self.folder(id);
+        if !dir.join(SPEC).exists() {
+            return Observed::Absent;
+        }
+        match talk::ask(&dir, &Ask::Phase, ANSWER).await {
+            Ok(Reply::Phase { phase: Phase::Starting }) => Observed::Starting,
+            Ok(Reply::Phase { phase: Phase::Running }) => Observed::Running,
+            Ok(Reply::Phase { phase: Phase::Paused }) => Observed::Paused,
+            Ok(_) => Observed::Unknown,
+            Err(_) => match folder::monitor(&dir) {
+                Ok(Some(_)) => Observed::Unknown,
+                Ok(None) => Observed::Stopped { end: folder::end(&dir) },
+                Err(_) => Observed::Unknown,
+            },
+        }
+    }
+
+    async fn adopt(&self) -> Result<Vec<(VmId, Observed)>, EngineError> {
+        let vms = self.config.data_dir.join("vms");
+        let entries = fs::read_dir(&vms).map_err(|e| EngineError::host("reading the VMs' folder", e))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut seen = Vec::new();
+        for name in names {
+            let Ok(id) = name.parse::<VmId>() else { continue };
+            if !self.folder(&id).join(SPEC).exists() {
+                // A create or a removal that was killed half-way; nobody knows of this VM.
+                if let Err(error) = self.destroy(&id).await {
+                    tracing::error!(vm_id = %id, "the ruin of {id} stays: {error}");
+                }
+                continue;
+            }
+            seen.push((id.clone(), self.adopt_one(&id).await));
+        }
+        leftovers::sweep_orphans(&self.cgroups, &vms);
+        let used: Vec<_> = seen.iter().filter_map(|(id, _)| Some(self.spec(id).ok()?.image)).collect();
+        self.images.release_unused(&used);
+        Ok(seen)
+    }
+
+    async fn dial(&self, id: &VmId, target: Target) -> Result<Connection, EngineError> {
+        let port = match target {
+            Target::Agent => AGENT_PORT,
+            Target::Port(AGENT_PORT) => {
+                return Err(EngineError::Invalid("the agent's port is not for dialling".into()));
+            }
+            Target::Port(port) => port,
+        };
+        let watch = self.watch_or_follow(id).ok_or(EngineError::WrongState("not running"))?;
+        let stream = talk::dial(&self.folder(id), port).await?;
+        Ok(Box::pin(GuestStream::new(stream, watch.over())))
+    }
+
+    async fn agent_token(&self, id: &VmId) -> Result<String, EngineError> {
+        self.launch_of(id).map(|launch| launch.token)
+    }
+
+    async fn next_end(&self) -> Ended {
+        match self.ended.lock().await.recv().await {
+            Some(ended) => ended,
+            // The engine itself holds a sender, so the channel doesn't close while it lives.
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn log_tail(&self, id: &VmId, kind: LogKind, lines: usize) -> Result<LogTail, EngineError> {
+        let dir = self.folder(id);
+        if !dir.exists() {
+            return Err(EngineError::Absent);
+        }
+        blocking(move || log::tail(&dir, kind, lines)).await.map_err(|e| EngineError::host("reading a log", e))
+    }
+
+    async fn denied(&self, id: &VmId) -> Result<Denied, EngineError> {
+        match talk::ask(&self.folder(id), &Ask::Denied, ANSWER).await {
+            Ok(Reply::Denied { denied }) => Ok(denied),
+            Ok(_) => Err(EngineError::WrongState("not answering")),
+            Err(_) => Err(self.silent(id)),
+        }
+    }
+}
+
+impl Monitored {
+    async fn freeze(&self, id: &VmId, ask: &Ask) -> Result<(), EngineError> {
+        match talk::ask(&self.folder(id), ask, FREEZE).await {
+            Ok(Reply::Done) => Ok(()),
+            Ok(Reply::NotRunning) => Err(EngineError::WrongState("not running")),
+            Ok(Reply::Refused { message }) => {
+                Err(EngineError::host(format!("pausing or resuming {id}"), io::Error::other(message)))
+            }
+            Ok(_) => Err(EngineError::WrongState("not answering")),
+            Err(_) => Err(self.silent(id)),
+        }
+    }
+
+    /// What it means that a VM's monitor gave no answer.
+    fn silent(&self, id: &VmId) -> EngineError {
+        match folder::monitor(&self.folder(id)) {
+            Ok(None) => EngineError::WrongState("stopped"),
+            Ok(Some(_)) | Err(_) => EngineError::WrongState("not answering"),
+        }
+    }
+
+    /// What the report doesn't say, as it may name things of the host, is for the server's log.
+    fn log_cause(&self, id: &VmId, report: &EndReport) {
+        let tail = |kind| log::tail(&self.folder(id), kind, 3).map(|tail| tail.lines).unwrap_or_default();
+        let (errors, console) = (tail(LogKind::EngineErrors), tail(LogKind::Console));
+        tracing::warn!(vm_id = %id, ?errors, ?console, "VM {id} did not come up: {}", report.message);
+    }
+
+    /// The watch of the VM's run. A monitor that nobody follows yet (its start was cut short) is followed from now on.
+    fn watch_or_follow(&self, id: &VmId) -> Option<Watch> {
+        self.watch(id).or_else(|| match folder::monitor(&self.folder(id)) {
+            Ok(Some(_)) => Some(self.follow(id)),
+            Ok(None) | Err(_) => None,
+        })
+    }
+
+    /// Follows the VM's monitor, unless it is followed already.
+    fn follow(&self, id: &VmId) -> Watch {
+        let watch = match self.watches.lock().unwrap_or_else(PoisonError::into_inner).entry(id.clone()) {
+            Entry::Occupied(followed) => return followed.get().clone(),
+            Entry::Vacant(free) => free.insert(Watch::new(self.ends.clone())).clone(),
+        };
+        let (watches, leftovers, gone) = (Arc::clone(&self.watches), self.leftovers(id), id.clone());
+        let clear = move || async move {
+            if let Err(error) = leftovers.clear().await {
+                tracing::warn!(vm = %gone, "clearing what {gone} left: {error}");
+            }
+            watches.lock().unwrap_or_else(PoisonError::into_inner).remove(&gone);
+        };
+        self.tasks.spawn(watch::follow(watch.clone(), id.clone(), self.folder(id), clear));
+        watch
+    }
+
+    fn leftovers(&self, id: &VmId) -> Leftovers {
+        Leftovers {
+            id: id.clone(),
+            group: self.cgroups.group(id),
+            disk: self.folder(id).join(DISK),
+            uplinks: self.uplinks.clone(),
+        }
+    }
+
+    async fn adopt_one(&self, id: &VmId) -> Observed {
+        let observed = self.observe(id).await;
+        match observed {
+            Observed::Running | Observed::Paused | Observed::Starting | Observed::Unknown => {
+                if let Ok(Launch { uplink: Some(uplink), .. }) = self.launch_of(id) {
+                    self.uplinks.hold(id, uplink);
+                }
+                self.follow(id);
+            }
+            Observed::Stopped { .. } => {
+                if let Err(error) = self.leftovers(id).clear().await {
+                    tracing::warn!(vm = %id, "clearing what {id} left: {error}");
+                }
+            }
+            Observed::Absent => {}
+        }
+        observed
+    }
+}
