@@ -1,0 +1,18 @@
+//! HTTP: thin handlers (extract, one call of the application, wrap) and what surrounds them.
+
+mod accounts;
+mod api_keys;
+mod body;
+mod docs;
+mod exec;
+mod health;
+mod images;
+mod layer;
+mod openapi;
+mod request;
+mod router;
+mod vm_logs;
+mod vms;
+
+pub use openapi::document as openapi_document;
+pub(crate) use router::router;

@@ -1,0 +1,48 @@
+//! Which handler answers which request.
+
+use std::sync::Arc;
+
+use axum::{Router, middleware, routing::get};
+use utoipa::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
+
+use super::{accounts, api_keys, docs, exec, health, images, layer, openapi, vm_logs, vms};
+use crate::{app::App, error::AppError};
+
+/// Every operation of the API.
+pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
+    let mut router = OpenApiRouter::with_openapi(openapi::Base::openapi())
+        .routes(routes!(vms::vm_create, vms::vm_list))
+        .routes(routes!(vms::vm_get, vms::vm_delete))
+        .routes(routes!(vms::vm_start))
+        .routes(routes!(vms::vm_stop))
+        .routes(routes!(vms::vm_pause))
+        .routes(routes!(vms::vm_resume))
+        .routes(routes!(vms::vm_network_get))
+        .routes(routes!(vm_logs::vm_log_get))
+        .routes(routes!(exec::exec_create))
+        .routes(routes!(images::image_list))
+        .routes(routes!(accounts::account_create, accounts::account_list))
+        .routes(routes!(accounts::account_get, accounts::account_update))
+        .routes(routes!(api_keys::api_key_create, api_keys::api_key_list))
+        .routes(routes!(api_keys::api_key_revoke))
+        .routes(routes!(health::health_get))
+        .routes(routes!(health::metrics_get));
+    openapi::complete(router.get_openapi_mut());
+    router
+}
+
+/// All that the server answers.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let (router, document) = operations().split_for_parts();
+    router
+        .route("/docs", get(docs::docs_redirect))
+        .route("/docs/", get(docs::docs_index))
+        .route("/docs/{page}", get(docs::docs_page))
+        .merge(SwaggerUi::new("/swagger").url("/openapi.json", document))
+        .fallback(|| async { AppError::NoRoute })
+        .method_not_allowed_fallback(|| async { AppError::MethodNotAllowed })
+        .layer(middleware::from_fn(layer::every_request))
+        .with_state(app)
+}

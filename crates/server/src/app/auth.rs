@@ -1,0 +1,137 @@
+//! Who calls: API keys, checked.
+//!
+//! Invariant: a secret is compared in constant time and by its hash only, also where no key has that prefix; whether a
+//! key is expired or revoked is told only to who holds its secret.
+
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use tiffin_store::{ApiKey, Store};
+use tiffin_types::{
+    account::Scope,
+    id::{AccountId, ApiKeyId},
+    time::Timestamp,
+};
+
+use crate::error::AppError;
+
+/// What every key begins with.
+const MARK: &str = "tfn";
+/// A key's last use is written at most so often, in milliseconds.
+const USE_EVERY_MS: i64 = 60_000;
+/// No key is longer.
+const MAX_KEY_BYTES: usize = 128;
+
+/// Who makes a request, by a key that is valid.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    /// Whose resources it sees.
+    pub(crate) account_id: AccountId,
+    /// The key.
+    pub(crate) key_id: ApiKeyId,
+    scopes: Vec<Scope>,
+}
+
+impl Caller {
+    /// Refuses unless one of the key's scopes covers `needed`.
+    pub(crate) fn require(&self, needed: Scope) -> Result<(), AppError> {
+        if self.scopes.iter().any(|scope| scope.covers(needed)) { Ok(()) } else { Err(AppError::Forbidden(needed)) }
+    }
+}
+
+/// A key that was just made: the only time that its text exists here.
+pub(crate) struct FreshKey {
+    /// What the client sends.
+    pub(crate) text: String,
+    /// Its visible part, by which it is found.
+    pub(crate) prefix: String,
+    /// What is kept of it.
+    pub(crate) sha256: [u8; 32],
+}
+
+impl FreshKey {
+    /// A random key: `tfn_`, ten characters that may be shown, `_`, 256 random bits.
+    pub(crate) fn random() -> Self {
+        let (prefix, secret): ([u8; 5], [u8; 32]) = (rand::random(), rand::random());
+        let prefix = hex::encode(prefix);
+        let text = format!("{MARK}_{prefix}_{}", hex::encode(secret));
+        let sha256 = hash(&text);
+        Self { text, prefix, sha256 }
+    }
+}
+
+/// The caller whose key this is.
+pub(crate) async fn authenticate(store: &Store, text: Option<&str>) -> Result<Caller, AppError> {
+    const WRONG: AppError = AppError::Unauthorized("the API key is not valid: check the X-API-Key header");
+    let text = text.ok_or(AppError::Unauthorized("an API key is needed: send it in the X-API-Key header"))?;
+    if text.len() > MAX_KEY_BYTES {
+        return Err(WRONG);
+    }
+    let found = match prefix_of(text) {
+        Some(prefix) => store.api_key_by_prefix(prefix).await?,
+        None => None,
+    };
+    let expected = found.as_ref().map_or([0; 32], |(_, sha256)| *sha256);
+    let same = bool::from(hash(text).ct_eq(&expected));
+    let Some((key, _)) = found.filter(|_| same) else { return Err(WRONG) };
+    usable(&key)?;
+    note_use(store, &key).await;
+    Ok(Caller { account_id: key.account_id, key_id: key.id, scopes: key.scopes })
+}
+
+fn usable(key: &ApiKey) -> Result<(), AppError> {
+    if key.revoked_at.is_some() {
+        return Err(AppError::Unauthorized("the API key has been revoked: use another"));
+    }
+    if key.expires_at.is_some_and(|at| at <= Timestamp::now()) {
+        return Err(AppError::Unauthorized("the API key has expired: use another"));
+    }
+    Ok(())
+}
+
+/// A use that can't be written down doesn't fail the request.
+async fn note_use(store: &Store, key: &ApiKey) {
+    let now = Timestamp::now();
+    if key.last_used_at.is_some_and(|at| now < at.plus_millis(USE_EVERY_MS)) {
+        return;
+    }
+    if let Err(error) = store.api_key_used(&key.id, now).await {
+        tracing::warn!(key_id = %key.id, error = crate::error::chain(&error), "can't write down the use of key {}", key.id);
+    }
+}
+
+fn prefix_of(text: &str) -> Option<&str> {
+    let mut parts = text.split('_');
+    match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(MARK), Some(prefix), Some(_), None) => {
+            (prefix.len() == 10 && prefix.bytes().all(|b| b.is_ascii_alphanumeric())).then_some(prefix)
+        }
+        _ => None,
+    }
+}
+
+fn hash(text: &str) -> [u8; 32] {
+    Sha256::digest(text.as_bytes()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fresh_key_shows_its_prefix_and_is_long_enough() {
+        let key = FreshKey::random();
+        assert_eq!(prefix_of(&key.text), Some(key.prefix.as_str()));
+        assert_eq!(hash(&key.text), key.sha256);
+        assert!(key.text.len() <= MAX_KEY_BYTES);
+        assert_ne!(FreshKey::random().text, key.text);
+    }
+
+    #[test]
+    fn what_is_no_key_has_no_prefix() {
+        for text in
+            ["", "tfn", "tfn__x", "tfn_0123456789", "tfn_0123456789_x_y", "abc_0123456789_x", "tfn_01234%6789_x"]
+        {
+            assert_eq!(prefix_of(text), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! The rules: what a caller may do, and how each thing is done. No HTTP here.
+//!
+//! Every function that a request reaches takes the [`auth::Caller`] and authorizes in its first line. What changes a VM runs in
+//! a task of its own ([`App::run`]), so that a client who hangs up leaves nothing half done.
+
+pub(crate) mod accounts;
+pub(crate) mod api_keys;
+pub(crate) mod auth;
+pub(crate) mod exec;
+pub(crate) mod health;
+pub(crate) mod images;
+mod places;
+pub(crate) mod vms;
+
+use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex};
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use tiffin_engine::Engine;
+use tiffin_store::Store;
+use tiffin_types::id::VmId;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{config::Config, error::AppError};
+use places::{Commands, Locks, Places};
+
+/// What every request and task of the server shares.
+pub(crate) struct App {
+    pub(crate) config: Config,
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) store: Store,
+    pub(crate) metrics: PrometheusHandle,
+    /// Every task of the server.
+    pub(crate) tasks: TaskTracker,
+    /// Cancelled when the server is asked to shut down.
+    pub(crate) shutdown: CancellationToken,
+    /// One change at a time for each VM.
+    pub(crate) locks: Locks,
+    /// Bounds how many VMs come up at once.
+    places: Places,
+    /// Bounds how many commands run at once in each VM.
+    commands: Commands,
+    /// Deleted VMs that the engine has not destroyed yet; the reconciler tries again.
+    pub(crate) undestroyed: Mutex<BTreeSet<VmId>>,
+}
+
+impl App {
+    /// The server's state, before it does anything.
+    pub(crate) fn new(
+        config: Config,
+        engine: Arc<dyn Engine>,
+        store: Store,
+        metrics: PrometheusHandle,
+        shutdown: CancellationToken,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            places: Places::new(&config.limits),
+            commands: Commands::new(config.exec.max_concurrent),
+            locks: Locks::default(),
+            tasks: TaskTracker::new(),
+            undestroyed: Mutex::default(),
+            config,
+            engine,
+            store,
+            metrics,
+            shutdown,
+        })
+    }
+
+    /// Runs `work` to its end even if the caller goes away.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, AppError>> + Send + 'static,
+    ) -> Result<T, AppError> {
+        match self.tasks.spawn(work).await {
+            Ok(result) => result,
+            Err(error) => Err(AppError::internal("a task of the server panicked", error)),
+        }
+    }
+}

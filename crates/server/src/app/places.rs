@@ -1,0 +1,125 @@
+//! Bounds: one change at a time for each VM, so many VMs coming up at once, so many commands in each VM.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, Weak},
+    time::Duration,
+};
+
+use tiffin_types::id::VmId;
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
+
+use crate::{config::LimitsConfig, error::AppError};
+
+/// A lock for each VM. Entries go when nobody holds or waits for them.
+#[derive(Default)]
+pub(crate) struct Locks(Mutex<HashMap<VmId, Weak<tokio::sync::Mutex<()>>>>);
+
+impl Locks {
+    /// Waits for, and holds, the VM's lock.
+    pub(crate) async fn lock(&self, id: &VmId) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = hold(&self.0);
+            match locks.get(id).and_then(Weak::upgrade) {
+                Some(lock) => lock,
+                None => {
+                    locks.retain(|_, lock| lock.strong_count() > 0);
+                    let lock = Arc::default();
+                    locks.insert(id.clone(), Arc::downgrade(&lock));
+                    lock
+                }
+            }
+        };
+        lock.lock_owned().await
+    }
+
+    /// Whether nobody holds the VM's lock now.
+    pub(crate) fn is_free(&self, id: &VmId) -> bool {
+        hold(&self.0).get(id).is_none_or(|lock| lock.strong_count() == 0)
+    }
+}
+
+/// Places for VMs that come up, and a bounded queue before them.
+pub(super) struct Places {
+    running: Arc<Semaphore>,
+    queue: Arc<Semaphore>,
+    wait: Duration,
+}
+
+impl Places {
+    pub(super) fn new(limits: &LimitsConfig) -> Self {
+        let bounded = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
+        Self {
+            running: bounded(limits.creates_in_flight),
+            queue: bounded(limits.creates_in_flight.saturating_add(limits.creates_queued)),
+            wait: limits.create_wait,
+        }
+    }
+
+    /// A place, or a refusal when the queue is full or too slow. Dropping the place frees it.
+    pub(super) async fn take(&self) -> Result<Place, AppError> {
+        let busy = || AppError::Unavailable {
+            code: "busy",
+            message: "too many VMs are coming up at once; try again shortly".into(),
+        };
+        let queued = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| busy())?;
+        let running = tokio::time::timeout(self.wait, Arc::clone(&self.running).acquire_owned()).await;
+        match running {
+            Ok(Ok(running)) => Ok(Place { _running: running, _queued: queued }),
+            Ok(Err(_)) | Err(_) => Err(busy()),
+        }
+    }
+}
+
+/// The right to bring one VM up.
+pub(super) struct Place {
+    _running: OwnedSemaphorePermit,
+    _queued: OwnedSemaphorePermit,
+}
+
+/// How many commands run in each VM.
+pub(super) struct Commands {
+    most: usize,
+    counts: Arc<Mutex<HashMap<VmId, usize>>>,
+}
+
+impl Commands {
+    pub(super) fn new(most: usize) -> Self {
+        Self { most, counts: Arc::default() }
+    }
+
+    /// The right to run one more command in the VM, until it is dropped.
+    pub(super) fn take(&self, id: &VmId) -> Result<CommandPlace, AppError> {
+        let mut counts = hold(&self.counts);
+        let count = counts.entry(id.clone()).or_default();
+        if *count >= self.most {
+            let most = self.most;
+            return Err(AppError::TooMany(format!("{most} commands run in this VM, the most at once; try again")));
+        }
+        *count += 1;
+        Ok(CommandPlace { id: id.clone(), counts: Arc::clone(&self.counts) })
+    }
+}
+
+/// The right to run one command in a VM.
+pub(super) struct CommandPlace {
+    id: VmId,
+    counts: Arc<Mutex<HashMap<VmId, usize>>>,
+}
+
+impl Drop for CommandPlace {
+    fn drop(&mut self) {
+        let mut counts = hold(&self.counts);
+        if let Some(count) = counts.get_mut(&self.id) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.id);
+            }
+        }
+    }
+}
+
+/// Nothing that holds these locks can leave them half changed.
+fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}

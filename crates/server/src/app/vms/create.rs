@@ -1,0 +1,175 @@
+//! Making a VM, from the request to RUNNING, at most once for each idempotency key.
+
+use std::{sync::Arc, time::Duration};
+
+use tiffin_store::{Idempotency, Inserted, NewVm, Vm};
+use tiffin_types::{
+    account::Scope,
+    id::{ImageId, VmId},
+    network::EgressPolicy,
+    vm::{EndReason, EndReport, ProvisionMode, VmEvent, VmSize, VmState},
+};
+use tokio::sync::OwnedMutexGuard;
+
+use super::{App, Caller, mark_deleted, report, run::bring_up};
+use crate::{
+    app::{images::image_for, places::Place},
+    error::{AppError, chain},
+    fault,
+};
+
+/// How often a repeated request looks whether the first one is done.
+const REPLAY_POLL: Duration = Duration::from_millis(50);
+
+/// A VM to be made; its fields are within their ranges.
+#[derive(Debug, Clone)]
+pub(crate) struct VmRequest {
+    pub(crate) size: VmSize,
+    pub(crate) egress: EgressPolicy,
+    pub(crate) image_id: Option<ImageId>,
+}
+
+/// The client's name for a request that it may repeat, and what it asked for.
+pub(crate) struct Idempotent {
+    pub(crate) key: String,
+    pub(crate) request_sha256: [u8; 32],
+}
+
+/// Makes a VM and answers when it is RUNNING. When it doesn't come up, nothing is left of it.
+pub(crate) async fn vm_create(
+    app: &Arc<App>,
+    caller: &Caller,
+    request: VmRequest,
+    idempotent: Option<Idempotent>,
+) -> Result<Vm, AppError> {
+    caller.require(Scope::Write)?;
+    let (image, digest) = image_for(app, caller, request.image_id.as_ref()).await?;
+    let new = NewVm {
+        id: VmId::random(),
+        account_id: caller.account_id.clone(),
+        image_id: image.id,
+        image_digest: digest,
+        engine: app.engine.name(),
+        isolation: app.engine.isolation(),
+        size: request.size,
+        egress: request.egress,
+        provision_mode: ProvisionMode::Boot,
+    };
+    let (work, caller) = (Arc::clone(app), caller.clone());
+    app.run(async move {
+        match attempt(&work, &caller, &new, idempotent.as_ref()).await? {
+            Attempt::Made(vm) => Ok(*vm),
+            // If the first one's failure was one that passes, its key is free again and this makes the VM.
+            Attempt::FirstFailed(_) => match attempt(&work, &caller, &new, idempotent.as_ref()).await? {
+                Attempt::Made(vm) => Ok(*vm),
+                Attempt::FirstFailed(end) => Err(AppError::Boot(end)),
+            },
+        }
+    })
+    .await
+}
+
+/// What a request came to.
+enum Attempt {
+    /// A VM, by this request or by an earlier one with the same key.
+    Made(Box<Vm>),
+    /// The earlier request's VM didn't come up.
+    FirstFailed(EndReport),
+}
+
+async fn attempt(
+    app: &App,
+    caller: &Caller,
+    new: &NewVm,
+    idempotent: Option<&Idempotent>,
+) -> Result<Attempt, AppError> {
+    let place = app.places.take().await?;
+    let lock = app.locks.lock(&new.id).await;
+    match insert(app, caller, new, idempotent).await? {
+        Inserted::New(vm) => make(app, vm, lock, place).await.map(|vm| Attempt::Made(Box::new(vm))),
+        Inserted::Replay(vm) => {
+            drop(place);
+            replay(app, caller, vm).await
+        }
+        Inserted::KeyReused => Err(AppError::Unprocessable {
+            code: "idempotency_key_reused",
+            message: "this Idempotency-Key was used for another request: use a new key for a new request".into(),
+        }),
+        Inserted::OverQuota(over) => Err(AppError::OverQuota(over)),
+    }
+}
+
+async fn insert(
+    app: &App,
+    caller: &Caller,
+    new: &NewVm,
+    idempotent: Option<&Idempotent>,
+) -> Result<Inserted, AppError> {
+    let account = app.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
+    let idempotency =
+        idempotent.map(|request| Idempotency { key: &request.key, request_sha256: request.request_sha256 });
+    let inserted = app.store.vm_insert(new, &account.quota, idempotency).await?;
+    if let Inserted::New(vm) = &inserted {
+        tracing::info!(vm_id = %vm.id, account_id = %vm.account_id, "VM {} created", vm.id);
+        fault::point("after_vm_insert");
+    }
+    Ok(inserted)
+}
+
+async fn make(app: &App, created: Vm, _lock: OwnedMutexGuard<()>, _place: Place) -> Result<Vm, AppError> {
+    let starting = app.store.vm_transition(&created.id, VmState::Created, VmEvent::Start, Default::default()).await?;
+    let Some(starting) = starting else { return Err(AppError::NotFound("VM")) };
+    fault::point("after_start_intent");
+    let failure = match bring_up(app, &starting).await {
+        Ok(vm) => return Ok(vm),
+        Err(failure) => failure,
+    };
+    let end = match &failure {
+        AppError::Boot(end) => end.clone(),
+        AppError::Internal { .. } => report(EndReason::BootFailed, "The host failed while bringing it up."),
+        other => report(EndReason::BootFailed, other.to_string()),
+    };
+    settle_failed(app, &starting, end, &failure).await;
+    Err(failure)
+}
+
+/// Leaves nothing of a VM that didn't come up. What fails here is logged and taken up by the reconciler; the client's
+/// answer is why the VM didn't come up.
+async fn settle_failed(app: &App, starting: &Vm, end: EndReport, failure: &AppError) {
+    let id = &starting.id;
+    if let AppError::Unavailable { .. } = failure
+        && let Err(error) = app.store.idempotency_forget(id).await
+    {
+        tracing::warn!(vm_id = %id, error = chain(&error), "the idempotency key of VM {id} stays taken");
+    }
+    // When the record has moved on, whoever deleted it has destroyed, maybe before the engine had made it all.
+    if let Err(error) = mark_deleted(app, starting, Some(end)).await {
+        tracing::error!(vm_id = %id, error = error.inside(), "the failure of VM {id} can't be recorded now");
+    }
+    // Logged where it fails.
+    let _ = super::destroy(app, id).await;
+}
+
+/// Waits for the request that came first, and answers as it did.
+async fn replay(app: &App, caller: &Caller, first: Vm) -> Result<Attempt, AppError> {
+    let patience = app.config.vm.start_timeout + app.config.limits.create_wait;
+    let settled = async {
+        let mut vm = first;
+        while matches!(vm.state, VmState::Created | VmState::Starting) {
+            tokio::time::sleep(REPLAY_POLL).await;
+            let now = app.store.vm_get(&caller.account_id, &vm.id).await?;
+            vm = now.ok_or(AppError::NotFound("VM"))?;
+        }
+        Ok(vm)
+    };
+    let vm = tokio::time::timeout(patience, settled).await.unwrap_or_else(|_| {
+        Err(AppError::Unavailable {
+            code: "busy",
+            message: "the first request with this Idempotency-Key is still in progress; try again shortly".into(),
+        })
+    })?;
+    match vm.end.clone() {
+        Some(end) if vm.started_at.is_none() => Ok(Attempt::FirstFailed(end)),
+        _ => Ok(Attempt::Made(Box::new(vm))),
+    }
+}

@@ -1,0 +1,200 @@
+//! Bringing VMs up and down, freezing them and letting them go on.
+
+use std::{sync::Arc, time::Instant};
+
+use tiffin_engine::{EngineError, Observed};
+use tiffin_store::{Change, Desired, Reserve, Vm};
+use tiffin_types::{
+    account::Scope,
+    id::VmId,
+    vm::{EndReason, EndReport, VmEvent, VmState},
+};
+use tokio::sync::OwnedMutexGuard;
+
+use super::{App, Caller, find, record_end, report, spec_of, wrong_state};
+use crate::{error::AppError, fault, metrics};
+
+/// Brings a VM up that is STOPPED or in ERROR.
+pub(crate) async fn vm_start(app: &Arc<App>, caller: &Caller, id: &VmId) -> Result<(), AppError> {
+    caller.require(Scope::Write)?;
+    let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
+    app.run(async move {
+        able(&find(&work, &caller, &id).await?, VmEvent::Start)?;
+        let _place = work.places.take().await?;
+        let (_lock, vm) = hold(&work, &caller, &id, VmEvent::Start).await?;
+        let account = work.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
+        match work.store.vm_start_reserve(&id, vm.state, &account.quota).await? {
+            Reserve::Reserved(starting) => {
+                fault::point("after_start_intent");
+                start_reserved(&work, &starting).await
+            }
+            Reserve::Lost => Err(lost(&work, &caller, &id).await),
+            Reserve::OverQuota(over) => Err(AppError::OverQuota(over)),
+        }
+    })
+    .await
+}
+
+async fn start_reserved(app: &App, starting: &Vm) -> Result<(), AppError> {
+    let Err(failure) = bring_up(app, starting).await else { return Ok(()) };
+    let end = match &failure {
+        AppError::Boot(end) => end.clone(),
+        AppError::Unavailable { message, .. } => report(EndReason::BootFailed, message.clone()),
+        _ => report(EndReason::BootFailed, "The host failed while bringing it up."),
+    };
+    if !record_end(app, starting, end).await? {
+        // Deleted meanwhile; the engine may have made parts of it after that.
+        let _ = super::destroy(app, &starting.id).await;
+        return Err(AppError::NotFound("VM"));
+    }
+    Err(failure)
+}
+
+/// Has the engine make (if need be) and start a VM that is STARTING, and takes it to RUNNING. On failure it is down,
+/// and its record is the caller's to settle.
+pub(super) async fn bring_up(app: &App, starting: &Vm) -> Result<Vm, AppError> {
+    let began = Instant::now();
+    let started = tokio::time::timeout(app.config.vm.start_timeout, engine_up(app, starting)).await;
+    let outcome = match started {
+        Ok(Ok(())) => commit_running(app, starting).await,
+        Ok(Err(error)) => Err(AppError::from(error)),
+        Err(_) => Err(AppError::Boot(too_slow(app, starting).await)),
+    };
+    let word = match &outcome {
+        Ok(_) => "ok",
+        Err(AppError::Boot(end)) => end.reason.as_str(),
+        Err(AppError::Unavailable { code, .. } | AppError::Unprocessable { code, .. }) => code,
+        Err(AppError::NotFound(_)) => "deleted",
+        Err(_) => "internal",
+    };
+    metrics::vm_start(word, began.elapsed());
+    outcome
+}
+
+async fn engine_up(app: &App, vm: &Vm) -> Result<(), EngineError> {
+    app.engine.create(&spec_of(vm)).await?;
+    fault::point("after_engine_create");
+    let started = app.engine.start(&vm.id).await?;
+    fault::point("after_engine_start");
+    let took_ms = started.took.as_millis();
+    tracing::info!(vm_id = %vm.id, took_ms, "VM {} is up", vm.id);
+    Ok(())
+}
+
+async fn commit_running(app: &App, starting: &Vm) -> Result<Vm, AppError> {
+    fault::point("before_running_commit");
+    let running = app.store.vm_transition(&starting.id, VmState::Starting, VmEvent::Ready, Change::default()).await?;
+    fault::point("after_running_commit");
+    // It was deleted while it came up.
+    running.ok_or(AppError::NotFound("VM"))
+}
+
+/// The engine's own limit is shorter; a start that overruns this one is put down.
+async fn too_slow(app: &App, vm: &Vm) -> EndReport {
+    if let Err(error) = app.engine.stop(&vm.id, std::time::Duration::ZERO).await {
+        tracing::warn!(vm_id = %vm.id, error = crate::error::chain(&error), "VM {} can't be put down", vm.id);
+    }
+    let limit_ms = app.config.vm.start_timeout.as_millis();
+    report(EndReason::BootTimeout, format!("It was not up after {limit_ms} ms."))
+}
+
+/// Shuts a VM down; its disk stays.
+pub(crate) async fn vm_stop(app: &Arc<App>, caller: &Caller, id: &VmId) -> Result<(), AppError> {
+    caller.require(Scope::Write)?;
+    let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
+    app.run(async move {
+        let (_lock, vm) = hold(&work, &caller, &id, VmEvent::Stop).await?;
+        let change = Change { desired: Some(Desired::Stopped), ..Change::default() };
+        let stopping = work.store.vm_transition(&id, vm.state, VmEvent::Stop, change).await?;
+        let Some(stopping) = stopping else { return Err(lost(&work, &caller, &id).await) };
+        fault::point("after_stop_intent");
+        finish_stop(&work, &stopping).await
+    })
+    .await
+}
+
+/// Has the engine stop a VM that is STOPPING, and records its end.
+pub(crate) async fn finish_stop(app: &App, stopping: &Vm) -> Result<(), AppError> {
+    let end = match app.engine.stop(&stopping.id, app.config.vm.stop_grace).await {
+        Ok(end) => end,
+        Err(error) => match app.engine.observe(&stopping.id).await {
+            Observed::Stopped { end } => end.unwrap_or_else(|| report(EndReason::Requested, "Stopped on request.")),
+            Observed::Absent => report(EndReason::EngineLost, "Nothing of it was found on the host."),
+            // It stays STOPPING; the reconciler goes on.
+            Observed::Starting | Observed::Running | Observed::Paused | Observed::Unknown => return Err(error.into()),
+        },
+    };
+    fault::point("after_engine_stop");
+    match record_end(app, stopping, end).await? {
+        true => Ok(()),
+        false => Err(AppError::NotFound("VM")),
+    }
+}
+
+/// Freezes a running VM.
+pub(crate) async fn vm_pause(app: &Arc<App>, caller: &Caller, id: &VmId) -> Result<(), AppError> {
+    caller.require(Scope::Write)?;
+    can_pause(app)?;
+    let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
+    app.run(async move {
+        let (_lock, vm) = hold(&work, &caller, &id, VmEvent::Pause).await?;
+        work.engine.pause(&id).await?;
+        match work.store.vm_transition(&id, vm.state, VmEvent::Pause, Change::default()).await? {
+            Some(_) => Ok(()),
+            None => Err(lost(&work, &caller, &id).await),
+        }
+    })
+    .await
+}
+
+/// Lets a paused VM go on.
+pub(crate) async fn vm_resume(app: &Arc<App>, caller: &Caller, id: &VmId) -> Result<(), AppError> {
+    caller.require(Scope::Write)?;
+    can_pause(app)?;
+    let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
+    app.run(async move {
+        let (_lock, vm) = hold(&work, &caller, &id, VmEvent::Resume).await?;
+        work.engine.resume(&id).await?;
+        match work.store.vm_transition(&id, vm.state, VmEvent::Resume, Change::default()).await? {
+            Some(_) => Ok(()),
+            None => Err(lost(&work, &caller, &id).await),
+        }
+    })
+    .await
+}
+
+fn can_pause(app: &App) -> Result<(), AppError> {
+    match app.engine.capabilities().pause {
+        true => Ok(()),
+        false => Err(AppError::Unprocessable {
+            code: "unsupported",
+            message: format!("the engine {} can't pause VMs", app.engine.name().as_str()),
+        }),
+    }
+}
+
+/// The VM and its lock, when its state allows `event`. Asks before it waits too, so that a refusal is quick.
+async fn hold(app: &App, caller: &Caller, id: &VmId, event: VmEvent) -> Result<(OwnedMutexGuard<()>, Vm), AppError> {
+    able(&find(app, caller, id).await?, event)?;
+    let lock = app.locks.lock(id).await;
+    let vm = find(app, caller, id).await?;
+    able(&vm, event)?;
+    Ok((lock, vm))
+}
+
+fn able(vm: &Vm, event: VmEvent) -> Result<(), AppError> {
+    if vm.state.after(event).is_some() {
+        return Ok(());
+    }
+    let able: Vec<&str> =
+        VmState::ALL.into_iter().filter(|state| state.after(event).is_some()).map(VmState::as_str).collect();
+    Err(wrong_state(vm, &able.join(" or ")))
+}
+
+/// What to say when somebody else moved the VM first.
+async fn lost(app: &App, caller: &Caller, id: &VmId) -> AppError {
+    match find(app, caller, id).await {
+        Ok(vm) => wrong_state(&vm, "not being changed by somebody else"),
+        Err(error) => error,
+    }
+}

@@ -1,0 +1,197 @@
+//! Every setting: its name, default, range and meaning.
+
+use std::fmt::{self, Write};
+
+/// A setting.
+#[derive(Debug)]
+pub struct Key {
+    /// Its name, with a dot between section and key.
+    pub name: &'static str,
+    /// Its value when nothing sets it; empty where `unset` says what happens instead.
+    pub default: &'static str,
+    /// What an unset value means, where the default is no value.
+    pub unset: &'static str,
+    /// What it may be.
+    pub allowed: Allowed,
+    /// What it does.
+    pub doc: &'static str,
+    /// Left out of the documentation.
+    pub hidden: bool,
+}
+
+/// What a setting may be.
+#[derive(Debug, Clone, Copy)]
+pub enum Allowed {
+    /// A whole number, both ends included.
+    Integer(u64, u64),
+    /// One of these words.
+    OneOf(&'static [&'static str]),
+    /// What the words say.
+    Words(&'static str),
+}
+
+impl fmt::Display for Allowed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Allowed::Integer(least, most) => write!(f, "a whole number from {least} to {most}"),
+            Allowed::OneOf(words) => write!(f, "one of {}", words.join(", ")),
+            Allowed::Words(words) => f.write_str(words),
+        }
+    }
+}
+
+impl Key {
+    const fn new(name: &'static str, default: &'static str, allowed: Allowed, doc: &'static str) -> Self {
+        Self { name, default, unset: "", allowed, doc, hidden: false }
+    }
+
+    const fn unset(name: &'static str, unset: &'static str, allowed: Allowed, doc: &'static str) -> Self {
+        Self { name, default: "", unset, allowed, doc, hidden: false }
+    }
+
+    /// The environment variable that sets it.
+    pub fn variable(&self) -> String {
+        format!("TIFFIN_{}", self.name.replace('.', "__").to_uppercase())
+    }
+}
+
+const PATH: Allowed = Allowed::Words("an absolute path");
+const SWITCH: Allowed = Allowed::OneOf(&["true", "false"]);
+
+/// Every setting, in the order of the documentation.
+pub const KEYS: [Key; 30] = [
+    Key::new(
+        "listen",
+        "127.0.0.1:3000",
+        Allowed::Words("an address and a port, such as 127.0.0.1:3000"),
+        "Where the API listens. It speaks plain HTTP: beyond loopback, put a proxy that does TLS before it.",
+    ),
+    Key::new("data_dir", "/var/lib/tiffin", PATH, "Where VMs, images and the SQLite database live."),
+    Key::new("run_dir", "/run/tiffin", PATH, "Where images are mounted for VMs; need not outlive a reboot."),
+    Key::unset(
+        "database_url",
+        "sqlite in data_dir",
+        Allowed::Words("sqlite:///absolute/path or postgres://user:password@host/database"),
+        "Where the state is kept.",
+    ),
+    Key::new(
+        "engine",
+        "auto",
+        Allowed::OneOf(&["auto", "gvisor", "qemu", "firecracker", "fake"]),
+        "What runs VMs. This version has gvisor, which auto picks, and fake, which isolates nothing and is for tests.",
+    ),
+    Key::unset("runsc", "the first on PATH", PATH, "gVisor's program."),
+    Key::unset("agent", "found beside the program", PATH, "The static program that is process 1 in each guest."),
+    Key::new("log.format", "text", Allowed::OneOf(&["text", "json"]), "How log lines look."),
+    Key::new(
+        "log.level",
+        "info",
+        Allowed::OneOf(&["error", "warn", "info", "debug", "trace"]),
+        "The least severe level that is logged.",
+    ),
+    Key::new(
+        "http.header_timeout_ms",
+        "15000",
+        Allowed::Integer(100, 600_000),
+        "How long a client has to send a request's head; an idle connection is closed after it too.",
+    ),
+    Key::new(
+        "http.body_timeout_ms",
+        "30000",
+        Allowed::Integer(100, 3_600_000),
+        "How long a client has to send a request's body.",
+    ),
+    Key::new(
+        "http.max_connections",
+        "2048",
+        Allowed::Integer(1, 100_000),
+        "Connections open at once; further ones wait to be accepted.",
+    ),
+    Key::new(
+        "http.shutdown_grace_ms",
+        "10000",
+        Allowed::Integer(0, 600_000),
+        "How long requests in flight may go on once the server is asked to shut down. VMs run on.",
+    ),
+    Key::new(
+        "exec.max_timeout_ms",
+        "3600000",
+        Allowed::Integer(1000, 86_400_000),
+        "The longest time limit that a command may ask for.",
+    ),
+    Key::new("exec.max_concurrent", "32", Allowed::Integer(1, 48), "Commands that may run at once in one VM."),
+    Key::new("vm.start_timeout_ms", "60000", Allowed::Integer(1000, 600_000), "How long a VM may take to come up."),
+    Key::new(
+        "vm.stop_grace_ms",
+        "5000",
+        Allowed::Integer(0, 300_000),
+        "How long a VM's processes have between being asked to end and being killed.",
+    ),
+    Key::new(
+        "vm.reconcile_ms",
+        "30000",
+        Allowed::Integer(50, 3_600_000),
+        "How often every VM's record is compared with what the engine sees. Ends are noticed at once; this is for what got lost.",
+    ),
+    Key::new("limits.body_bytes", "1048576", Allowed::Integer(1024, 67_108_864), "The largest JSON body, in bytes."),
+    Key::new("limits.creates_in_flight", "16", Allowed::Integer(1, 1024), "VMs that come up at once."),
+    Key::new(
+        "limits.creates_queued",
+        "256",
+        Allowed::Integer(0, 100_000),
+        "Requests that may wait for one of those places; further ones get 503.",
+    ),
+    Key::new(
+        "limits.create_wait_ms",
+        "60000",
+        Allowed::Integer(0, 600_000),
+        "How long such a request waits before it gets 503.",
+    ),
+    Key::new("quota.vms", "100", Allowed::Integer(0, 1_000_000), "VMs of a new account."),
+    Key::new("quota.cpus", "200", Allowed::Integer(0, 1_000_000), "vCPUs of a new account's running VMs together."),
+    Key::new(
+        "quota.mem_mb",
+        "204800",
+        Allowed::Integer(0, 1_000_000_000),
+        "Memory of a new account's running VMs together, in MiB.",
+    ),
+    Key::new(
+        "quota.disk_mb",
+        "1024000",
+        Allowed::Integer(0, 1_000_000_000),
+        "Disk of a new account's VMs together, in MiB.",
+    ),
+    Key::new(
+        "network.uplink_cidr",
+        "10.213.0.0/16",
+        Allowed::Words("an IPv4 network with a prefix from /8 to /24 and no host bits, such as 10.213.0.0/16"),
+        "Where the links between the host and VMs with outbound access get their addresses. Pick one that your network doesn't use.",
+    ),
+    Key::unset(
+        "network.resolvers",
+        "those of the host",
+        Allowed::Words("IP addresses, as a list or with commas between"),
+        "Name servers for VMs that may reach something outside.",
+    ),
+    Key::new("metrics.require_key", "false", SWITCH, "Whether /metrics asks for an API key with the admin scope."),
+    Key {
+        name: "fault",
+        default: "",
+        unset: "none",
+        allowed: Allowed::Words("the name of a fault point"),
+        doc: "Test-only: where the process kills itself.",
+        hidden: true,
+    },
+];
+
+/// Every documented setting as a table in Markdown.
+pub fn document() -> String {
+    let mut page = String::from("| key | environment | default | allowed | meaning |\n|---|---|---|---|---|\n");
+    for key in KEYS.iter().filter(|key| !key.hidden) {
+        let default = if key.default.is_empty() { key.unset.to_owned() } else { format!("`{}`", key.default) };
+        let (name, variable, allowed, doc) = (key.name, key.variable(), key.allowed, key.doc);
+        writeln!(page, "| `{name}` | `{variable}` | {default} | {allowed} | {doc} |")
+            .expect("a String takes whatever is written");
+    }
+    page
+}

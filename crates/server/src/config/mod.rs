@@ -1,0 +1,239 @@
+//! The configuration: parsed once, from a file, the environment and overrides, later ones first.
+//!
+//! Invariant: nothing else in the server reads a file of settings or an environment variable, and a [`Config`] that
+//! exists is within every range. [`KEYS`] is the one list of settings: defaults, ranges, error texts and the
+//! documentation come from it.
+
+mod keys;
+mod sources;
+
+use std::{net::IpAddr, net::SocketAddr, path::Path, time::Duration};
+
+use camino::Utf8PathBuf;
+use ipnet::Ipv4Net;
+use tiffin_types::{account::Quota, vm::EngineName};
+
+pub use keys::{Allowed, KEYS, Key, document};
+pub use sources::{ConfigError, Origin};
+use sources::{Values, collect};
+
+/// The file that is read when none is named and it exists.
+pub const DEFAULT_FILE: &str = "/etc/tiffin/tiffin.toml";
+
+/// All settings, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the API listens.
+    pub listen: SocketAddr,
+    /// Where VMs, images and the SQLite database live.
+    pub data_dir: Utf8PathBuf,
+    /// Where images are mounted; a reboot may empty it.
+    pub run_dir: Utf8PathBuf,
+    /// `sqlite://` or `postgres://`. May hold a password: never logged.
+    pub database_url: Secret,
+    /// Which engine runs VMs.
+    pub engine: EngineChoice,
+    /// The `runsc` to use; the first on `PATH` when not set.
+    pub runsc: Option<Utf8PathBuf>,
+    /// The guest agent to use; found beside the program when not set.
+    pub agent: Option<Utf8PathBuf>,
+    /// Logging.
+    pub log: LogConfig,
+    /// HTTP.
+    pub http: HttpConfig,
+    /// Commands in VMs.
+    pub exec: ExecConfig,
+    /// VMs.
+    pub vm: VmConfig,
+    /// Bounds on what the server takes on at once.
+    pub limits: LimitsConfig,
+    /// What a new account may use when its creator doesn't say.
+    pub quota: Quota,
+    /// Networks of VMs.
+    pub network: NetworkConfig,
+    /// Whether `/metrics` asks for an API key.
+    pub metrics_require_key: bool,
+    /// Test-only: the named point at which the process kills itself.
+    pub fault: Option<String>,
+}
+
+/// Which engine runs VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// The best that works here.
+    Auto,
+    /// That one.
+    Named(EngineName),
+}
+
+/// Logging.
+#[derive(Debug, Clone)]
+pub struct LogConfig {
+    /// Lines as JSON rather than text.
+    pub json: bool,
+    /// The least severe level that is written: `error`, `warn`, `info`, `debug` or `trace`.
+    pub level: String,
+}
+
+/// HTTP.
+#[derive(Debug, Clone)]
+pub struct HttpConfig {
+    /// How long a client has for a request's head, and how long an idle connection is kept.
+    pub header_timeout: Duration,
+    /// How long a client has for a request's body.
+    pub body_timeout: Duration,
+    /// Connections open at once; more wait to be accepted.
+    pub max_connections: usize,
+    /// How long requests in flight may go on after a request to shut down.
+    pub shutdown_grace: Duration,
+}
+
+/// Commands in VMs.
+#[derive(Debug, Clone)]
+pub struct ExecConfig {
+    /// The largest `timeoutMs`.
+    pub max_timeout_ms: u64,
+    /// Commands at once in one VM.
+    pub max_concurrent: usize,
+}
+
+/// VMs.
+#[derive(Debug, Clone)]
+pub struct VmConfig {
+    /// How long a VM may take to come up.
+    pub start_timeout: Duration,
+    /// How long a VM's processes have to end at a stop.
+    pub stop_grace: Duration,
+    /// Between two comparisons of all VMs with what the engine sees.
+    pub reconcile_every: Duration,
+}
+
+/// Bounds on what the server takes on at once.
+#[derive(Debug, Clone)]
+pub struct LimitsConfig {
+    /// Bytes of a JSON body.
+    pub body_bytes: usize,
+    /// VMs that come up at once.
+    pub creates_in_flight: usize,
+    /// Requests that wait for one of those places.
+    pub creates_queued: usize,
+    /// How long they wait.
+    pub create_wait: Duration,
+}
+
+/// Networks of VMs.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// Where the host's ends of VMs' uplinks get their addresses.
+    pub uplink: Ipv4Net,
+    /// Name servers for guests; the host's own when not set.
+    pub resolvers: Option<Vec<IpAddr>>,
+}
+
+/// A text that isn't shown by `Debug`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(hidden)")
+    }
+}
+
+impl Config {
+    /// Reads the file, then the environment's `TIFFIN_*`, then the overrides (flags, as `key=value`); the last to name
+    /// a key wins.
+    ///
+    /// # Errors
+    /// The first unknown key or bad value, with the key, its source, what is allowed and what to do.
+    pub fn load(
+        file: Option<&Path>,
+        env: impl Iterator<Item = (String, String)>,
+        overrides: &[(String, String)],
+    ) -> Result<Self, ConfigError> {
+        Self::from_values(&collect(file, env, overrides)?)
+    }
+
+    fn from_values(values: &Values) -> Result<Self, ConfigError> {
+        let data_dir = values.path("data_dir")?;
+        Ok(Self {
+            listen: values.parse("listen")?,
+            database_url: database_url(values, &data_dir)?,
+            data_dir,
+            run_dir: values.path("run_dir")?,
+            engine: engine(values)?,
+            runsc: values.optional_path("runsc")?,
+            agent: values.optional_path("agent")?,
+            log: LogConfig {
+                json: values.one_of("log.format")? == "json",
+                level: values.one_of("log.level")?.to_owned(),
+            },
+            http: HttpConfig {
+                header_timeout: values.millis("http.header_timeout_ms")?,
+                body_timeout: values.millis("http.body_timeout_ms")?,
+                max_connections: values.count("http.max_connections")?,
+                shutdown_grace: values.millis("http.shutdown_grace_ms")?,
+            },
+            exec: ExecConfig {
+                max_timeout_ms: values.integer("exec.max_timeout_ms")?,
+                max_concurrent: values.count("exec.max_concurrent")?,
+            },
+            vm: VmConfig {
+                start_timeout: values.millis("vm.start_timeout_ms")?,
+                stop_grace: values.millis("vm.stop_grace_ms")?,
+                reconcile_every: values.millis("vm.reconcile_ms")?,
+            },
+            limits: LimitsConfig {
+                body_bytes: values.count("limits.body_bytes")?,
+                creates_in_flight: values.count("limits.creates_in_flight")?,
+                creates_queued: values.count("limits.creates_queued")?,
+                create_wait: values.millis("limits.create_wait_ms")?,
+            },
+            quota: Quota {
+                vms: values.small("quota.vms")?,
+                cpus: values.small("quota.cpus")?,
+                mem_mb: values.integer("quota.mem_mb")?,
+                disk_mb: values.integer("quota.disk_mb")?,
+            },
+            network: NetworkConfig {
+                uplink: uplink(values)?,
+                resolvers: values.optional("network.resolvers", |text| {
+                    text.split(',').map(|address| address.trim().parse().ok()).collect()
+                })?,
+            },
+            metrics_require_key: values.one_of("metrics.require_key")? == "true",
+            fault: values.optional("fault", |text| Some(text.to_owned()))?,
+        })
+    }
+}
+
+fn database_url(values: &Values, data_dir: &Utf8PathBuf) -> Result<Secret, ConfigError> {
+    let schemes = ["sqlite://", "postgres://", "postgresql://"];
+    let url = values.optional("database_url", |text| {
+        schemes.iter().any(|scheme| text.starts_with(scheme)).then(|| text.to_owned())
+    })?;
+    Ok(Secret(url.unwrap_or_else(|| format!("sqlite://{data_dir}/tiffin.db"))))
+}
+
+fn engine(values: &Values) -> Result<EngineChoice, ConfigError> {
+    match values.one_of("engine")? {
+        "auto" => Ok(EngineChoice::Auto),
+        _ => values.parse("engine").map(EngineChoice::Named),
+    }
+}
+
+fn uplink(values: &Values) -> Result<Ipv4Net, ConfigError> {
+    values.with("network.uplink_cidr", |text| {
+        text.parse::<Ipv4Net>().ok().filter(|net| (8..=24).contains(&net.prefix_len()) && net.trunc() == *net)
+    })
+}
+
+#[cfg(test)]
+mod tests;

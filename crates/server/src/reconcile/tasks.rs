@@ -1,0 +1,64 @@
+//! When reconcilers run.
+
+use std::{sync::Arc, time::Duration};
+
+use tiffin_types::time::Timestamp;
+use tokio::time::MissedTickBehavior;
+
+use super::vms::{end_noticed, reconcile_all, settle_starting};
+use crate::{app::App, error::chain};
+
+/// Between two prunings of idempotency keys.
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
+/// How long an idempotency key is remembered.
+const KEYS_KEPT_MS: i64 = 24 * 3600 * 1000;
+
+/// Starts every background task; they end when the server is asked to shut down.
+pub(crate) fn spawn_all(app: &Arc<App>) {
+    let every = app.config.vm.reconcile_every;
+    spawn(app, ends);
+    spawn(app, settle_starting);
+    spawn(app, |app| periodically(app, every, reconcile));
+    spawn(app, |app| periodically(app, PRUNE_EVERY, prune));
+}
+
+fn spawn<F>(app: &Arc<App>, task: impl FnOnce(Arc<App>) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let (shutdown, work) = (app.shutdown.clone(), task(Arc::clone(app)));
+    app.tasks.spawn(async move { shutdown.run_until_cancelled(work).await });
+}
+
+/// Each end is handled in a task of its own: one VM's lock must not keep others waiting.
+async fn ends(app: Arc<App>) {
+    loop {
+        let ended = app.engine.next_end().await;
+        let work = Arc::clone(&app);
+        app.tasks.spawn(async move { end_noticed(&work, ended).await });
+    }
+}
+
+async fn periodically<F: Future<Output = ()>>(app: Arc<App>, every: Duration, run: impl Fn(Arc<App>) -> F) {
+    let mut timer = tokio::time::interval(every);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    timer.tick().await;
+    loop {
+        timer.tick().await;
+        run(Arc::clone(&app)).await;
+    }
+}
+
+async fn reconcile(app: Arc<App>) {
+    if let Err(error) = reconcile_all(&app).await {
+        tracing::error!(error = error.inside(), "VMs can't be reconciled now");
+    }
+}
+
+async fn prune(app: Arc<App>) {
+    match app.store.idempotency_prune(Timestamp::now().plus_millis(-KEYS_KEPT_MS)).await {
+        Ok(0) => {}
+        Ok(keys) => tracing::debug!(keys, "old idempotency keys forgotten"),
+        Err(error) => tracing::error!(error = chain(&error), "idempotency keys can't be pruned now"),
+    }
+}

@@ -1,0 +1,133 @@
+//! The server's life: adopt, listen, answer, shut down.
+//!
+//! Invariants: nothing is answered before what an earlier server left is adopted; connections are bounded, and so is the
+//! time that a client may take for a request's head; a shutdown leaves every VM running.
+
+use std::sync::Arc;
+
+use axum::{Router, routing::RouterIntoService};
+use hyper::{body::Incoming, server::conn::http1};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
+use tiffin_engine::Engine;
+use tiffin_store::Store;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    api,
+    app::App,
+    config::Config,
+    error::{AppError, chain},
+    fault, metrics, reconcile,
+};
+
+/// How long to leave a listener alone that can't accept (out of file descriptors).
+const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// The server could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The VMs that an earlier server left could not be taken over.
+    #[error("can't take over the VMs on this host: {0}")]
+    Adopt(String),
+}
+
+/// Serves the API on `listener` until `shutdown` is cancelled; then requests in flight have the configured grace, and
+/// VMs run on.
+///
+/// # Errors
+/// When what an earlier server left can't be adopted; nothing was served then.
+pub async fn serve(
+    config: Config,
+    engine: Arc<dyn Engine>,
+    store: Store,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
+    if let Some(point) = &config.fault {
+        fault::arm(point);
+    }
+    let app = App::new(config, engine, store, metrics::install(), shutdown.clone());
+    reconcile::adopt_all(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
+    reconcile::spawn_all(&app);
+    tracing::info!(listen = listener.local_addr().map(|address| address.to_string()).ok(), "listening");
+    accept_until_shutdown(&app, listener).await;
+
+    // Whoever still works on a VM's behalf is given the grace too: a stop, a create whose client has gone.
+    app.tasks.close();
+    if tokio::time::timeout(app.config.http.shutdown_grace, app.tasks.wait()).await.is_err() {
+        tracing::warn!(tasks = app.tasks.len(), "shutting down with work unfinished; the next start goes on with it");
+    }
+    tracing::info!("shut down; VMs run on");
+    Ok(())
+}
+
+async fn accept_until_shutdown(app: &Arc<App>, listener: TcpListener) {
+    let router = api::router(Arc::clone(app));
+    let graceful = GracefulShutdown::new();
+    let places = Arc::new(Semaphore::new(app.config.http.max_connections.min(Semaphore::MAX_PERMITS)));
+    let connections = TaskTracker::new();
+    // Cancelled when the grace is over: cuts the connections that are left.
+    let cut = CancellationToken::new();
+    while let Some((stream, place)) = next_connection(app, &listener, &places).await {
+        let connection = connection(app, stream, router.clone());
+        let watched = graceful.watch(connection);
+        let cut = cut.clone();
+        connections.spawn(async move {
+            // A client that breaks off or is too slow is its own business.
+            if let Some(Err(error)) = cut.run_until_cancelled(watched).await {
+                tracing::debug!(error = chain(&error), "a connection ended early");
+            }
+            drop(place);
+        });
+    }
+    drop(listener);
+    connections.close();
+    let grace = app.config.http.shutdown_grace;
+    tracing::info!(connections = connections.len(), grace_ms = grace.as_millis(), "shutting down");
+    if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
+        tracing::warn!(connections = connections.len(), "cutting the connections that are left");
+    }
+    cut.cancel();
+    connections.wait().await;
+}
+
+/// The next connection and its place among those open at once; `None` at shutdown.
+async fn next_connection(
+    app: &App,
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+    let next = async {
+        let place = Arc::clone(places).acquire_owned().await.ok()?;
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => return Some((stream, place)),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "can't accept a connection now");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    };
+    app.shutdown.run_until_cancelled(next).await.flatten()
+}
+
+type Service = TowerToHyperService<RouterIntoService<Incoming>>;
+
+fn connection(app: &App, stream: TcpStream, router: Router) -> http1::Connection<TokioIo<TcpStream>, Service> {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(error = chain(&error), "TCP_NODELAY");
+    }
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(app.config.http.header_timeout)
+        .serve_connection(TokioIo::new(stream), Service::new(router.into_service()))
+}

@@ -1,0 +1,13 @@
+//! The API over real HTTP, with the fake engine and a SQLite store of its own for each test.
+
+mod accounts;
+mod api_keys;
+mod exec;
+mod harness;
+mod http;
+mod images;
+mod logs;
+mod openapi;
+mod reconcile;
+mod vm_create;
+mod vms;
