@@ -1,0 +1,144 @@
+//! The platform's side of the measurements: the calls that are timed, and a record of what was created.
+
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use futures_util::{StreamExt, stream};
+use reqwest::{
+    Method,
+    header::{ACCEPT, HeaderMap, HeaderValue},
+};
+use serde_json::{Value, json};
+use tiffin_types::id::VmId;
+
+use crate::{
+    client::{Call, Client, sse::Parser},
+    failure::Failure,
+    output::field,
+};
+
+const DELETES_AT_ONCE: usize = 8;
+const POLL: Duration = Duration::from_millis(5);
+
+/// The API, timed.
+pub(super) struct Api {
+    client: Client,
+    created: RefCell<BTreeSet<VmId>>,
+}
+
+/// An exec's times.
+pub(super) struct ExecTimes {
+    /// From sending the request to having the answer.
+    pub(super) total: Duration,
+    /// Of that, the time in the guest, where the server tells it (`Server-Timing: guest;dur=...`).
+    pub(super) guest: Option<Duration>,
+    pub(super) stdout: String,
+}
+
+impl Api {
+    pub(super) fn new(client: Client) -> Self {
+        Self { client, created: RefCell::default() }
+    }
+
+    /// Creates a VM and returns when it runs. The error is the API's own, so that refusals can be told apart.
+    pub(super) async fn create(&self, cpus: usize, mem_mb: u32) -> Result<VmId, Failure> {
+        let body = json!({"cpu": cpus, "memMb": mem_mb, "allowIps": [], "outboundInternet": false});
+        let vm = self.client.post("/v1/vms", Some(&body)).await?;
+        let id: VmId = field(&vm, "id").parse().map_err(anyhow::Error::from)?;
+        self.created.borrow_mut().insert(id.clone());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut state = field(&vm, "state");
+        while state != "RUNNING" {
+            if !matches!(state.as_str(), "CREATED" | "STARTING") || Instant::now() > deadline {
+                return Err(anyhow::anyhow!("the new VM {id} is {state}").into());
+            }
+            tokio::time::sleep(POLL).await;
+            state = field(&self.client.get(&format!("/v1/vms/{id}")).await?, "state");
+        }
+        Ok(id)
+    }
+
+    /// Runs a command and returns when its first output is here.
+    pub(super) async fn first_output(&self, id: &VmId, command: &str) -> anyhow::Result<()> {
+        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("text/event-stream"))]);
+        let (path, body) = (format!("/v1/vms/{id}/exec"), json!({"cmd": command}));
+        let call = Call { headers, body: Some(&body), ..Call::new(Method::POST, &path) };
+        let mut answer = self.client.send(call).await?;
+        let mut parser = Parser::default();
+        while let Some(chunk) = self.client.chunk(&mut answer).await? {
+            for event in parser.push(&chunk)? {
+                match event.name.as_str() {
+                    "stdout" => return Ok(()),
+                    "exit" | "error" => bail!("no output, but {}: {}", event.name, event.data),
+                    _ => {}
+                }
+            }
+        }
+        bail!("the stream ended without output")
+    }
+
+    /// Runs a command that must succeed.
+    pub(super) async fn exec(&self, id: &VmId, command: &str) -> anyhow::Result<ExecTimes> {
+        let (path, body) = (format!("/v1/vms/{id}/exec"), json!({"cmd": command}));
+        let start = Instant::now();
+        let answer = self.client.send(Call { body: Some(&body), ..Call::new(Method::POST, &path) }).await?;
+        let guest = answer.headers().get("server-timing").and_then(|value| guest_time(value.to_str().ok()?));
+        let result = self.client.body(answer).await?;
+        let total = start.elapsed();
+        let result: Value = serde_json::from_slice(&result).context("the exec's answer")?;
+        if result.get("exitCode") != Some(&Value::from(0)) {
+            bail!("the command failed: {result}");
+        }
+        Ok(ExecTimes { total, guest, stdout: field(&result, "stdout") })
+    }
+
+    pub(super) async fn delete(&self, id: &VmId) -> anyhow::Result<()> {
+        self.client.delete(&format!("/v1/vms/{id}")).await.with_context(|| format!("deleting {id}"))?;
+        self.created.borrow_mut().remove(id);
+        Ok(())
+    }
+
+    /// Deletes whatever is left of what was created here; the failures' count.
+    pub(super) async fn delete_all(&self) -> usize {
+        let left: Vec<VmId> = self.created.borrow().iter().cloned().collect();
+        let deletes = left.iter().map(|id| self.delete(id));
+        let done: Vec<_> = stream::iter(deletes).buffer_unordered(DELETES_AT_ONCE).collect().await;
+        done.iter().filter(|deleted| deleted.is_err()).count()
+    }
+
+    /// The ids that the API lists now.
+    pub(super) async fn list(&self) -> anyhow::Result<BTreeSet<String>> {
+        let vms = self.client.get("/v1/vms").await?;
+        Ok(vms.as_array().into_iter().flatten().map(|vm| field(vm, "id")).collect())
+    }
+
+    /// The port that the server listens on.
+    pub(super) fn port(&self) -> Option<u16> {
+        self.client.port()
+    }
+}
+
+/// The guest's part of a `Server-Timing` header.
+fn guest_time(header: &str) -> Option<Duration> {
+    let metric = header.split(',').map(str::trim).find(|metric| metric.split(';').next() == Some("guest"))?;
+    let millis = metric.split(';').find_map(|part| part.trim().strip_prefix("dur="))?;
+    Duration::try_from_secs_f64(millis.parse::<f64>().ok()? / 1e3).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_time_is_found_among_others() {
+        assert_eq!(guest_time("guest;dur=1.5"), Some(Duration::from_micros(1500)));
+        assert_eq!(guest_time("dial;dur=9, guest;desc=\"x\"; dur=2"), Some(Duration::from_millis(2)));
+        for other in ["", "guest", "guests;dur=1", "guest;dur=x", "guest;dur=-1"] {
+            assert_eq!(guest_time(other), None, "{other}");
+        }
+    }
+}

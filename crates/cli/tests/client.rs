@@ -1,0 +1,205 @@
+//! The client commands as a user runs them: the real binary against a small scripted server.
+
+#![allow(clippy::unwrap_used, reason = "test code: a failure here is the test's failure")]
+
+mod server;
+
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use server::{Answer, Server};
+
+const VM: &str = "vm-0123456789abcd";
+const OTHER: &str = "vm-fedcba98765432";
+
+fn tiffin(url: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tiffin"));
+    command.args(args).env("TIFFIN_URL", url).env("TIFFIN_API_KEY", "tfn_test").stdin(Stdio::null());
+    command
+}
+
+fn run(server: &Server, args: &[&str]) -> Output {
+    tiffin(&server.url, args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+fn vm(id: &str, state: &str) -> Value {
+    json!({"id": id, "state": state, "cpu": 1, "memMb": 256, "guestIp": "10.0.0.2", "createdAt": "2026-11-20T10:00:00.000Z",
+        "provisionMode": "boot", "imageId": null, "outboundInternet": false, "allowIps": []})
+}
+
+fn refusal(status: u16, message: &str, code: &str) -> Answer {
+    Answer::json(status, json!({"message": message, "code": code, "requestId": "req-1"}))
+}
+
+#[test]
+fn create_sends_the_key_and_the_body_and_prints_the_id() {
+    let server = Server::start(vec![("POST /v1/vms", Answer::json(201, vm(VM, "RUNNING")))]);
+    let out = run(&server, &["vm", "create", "--quiet", "--mem", "512", "--idempotency-key", "k1"]);
+    assert!(out.status.success());
+    assert_eq!(text(&out.stdout), format!("{VM}\n"));
+    assert!(out.stderr.is_empty(), "no spinner where stderr is no terminal: {}", text(&out.stderr));
+    let asked = server.requests();
+    assert_eq!(asked[0].header("x-api-key"), Some("tfn_test"));
+    assert_eq!(asked[0].header("idempotency-key"), Some("k1"));
+    assert_eq!(asked[0].body["memMb"], 512);
+}
+
+#[test]
+fn a_list_is_a_table_and_with_json_the_apis_own_answer() {
+    let answer = json!([vm(VM, "RUNNING"), vm(OTHER, "STOPPED")]);
+    let server = Server::start(vec![("GET /v1/vms", Answer::json(200, answer.clone()))]);
+    let table = run(&server, &["vm", "ls"]);
+    let lines: Vec<&str> = text(&table.stdout).lines().collect();
+    assert!(lines[0].starts_with("ID ") && lines[1].starts_with(VM) && lines[2].contains("STOPPED"), "{lines:?}");
+    assert_eq!(lines[1].find("RUNNING"), lines[0].find("STATE"));
+    let out = run(&server, &["vm", "ls", "--json"]);
+    assert_eq!(serde_json::from_slice::<Value>(&out.stdout).unwrap(), answer);
+}
+
+#[test]
+fn the_commands_output_and_exit_code_are_passed_on() {
+    let events = concat!(
+        ": open\n\n",
+        "event: stdout\r\ndata: {\"data\":\"hello\\n\"}\r\n\r\n",
+        "event: stderr\ndata: {\"data\":\"careful\\n\"}\n\n",
+        "event: exit\ndata: {\"exitCode\":7}\n\n",
+    );
+    let server = Server::start(vec![("POST /v1/vms/vm-0123456789abcd/exec", Answer::events(events))]);
+    let out = run(&server, &["vm", "exec", VM, "--env", "A=1", "--timeout", "2", "--", "echo", "a b"]);
+    assert_eq!((text(&out.stdout), text(&out.stderr)), ("hello\n", "careful\n"));
+    assert_eq!(out.status.code(), Some(7));
+    let asked = &server.requests()[0];
+    assert_eq!(asked.body, json!({"cmd": "echo 'a b'", "env": {"A": "1"}, "timeoutMs": 2000}));
+    assert_eq!(asked.header("accept"), Some("text/event-stream"));
+}
+
+#[test]
+fn a_command_over_its_time_is_124_and_an_error_of_tiffin_is_125() {
+    let path = "POST /v1/vms/vm-0123456789abcd/exec";
+    let exec = |answer| run(&Server::start(vec![(path, answer)]), &["vm", "exec", VM, "--", "true"]);
+    let timed_out = exec(Answer::events("event: exit\ndata: {\"exitCode\":-1,\"timedOut\":true}\n\n"));
+    assert_eq!(timed_out.status.code(), Some(124));
+    let stopped = exec(refusal(409, "the VM is STOPPED", "wrong_state"));
+    assert_eq!(stopped.status.code(), Some(125));
+    assert_eq!(text(&stopped.stderr), "error: the VM is STOPPED (wrong_state, request req-1)\n");
+    let lost = exec(Answer::events("event: error\ndata: {\"message\":\"the VM ended\",\"code\":\"vm_ended\"}\n\n"));
+    assert_eq!(lost.status.code(), Some(125));
+    assert_eq!(text(&lost.stderr), "error: the VM ended (vm_ended)\n");
+    let cut = exec(Answer::events("event: stdout\ndata: {\"data\":\"x\"}\n\n"));
+    assert_eq!((cut.status.code(), text(&cut.stdout)), (Some(125), "x"));
+    let wrong = tiffin("http://127.0.0.1:1", &["vm", "exec", "nonsense", "--", "true"]).output().unwrap();
+    assert_eq!(wrong.status.code(), Some(125));
+}
+
+#[test]
+fn output_comes_while_the_command_still_runs() {
+    use std::io::Read;
+    let (answer, release) =
+        Answer::held_events("event: stdout\ndata: {\"data\":\"first\"}\n\n", "event: exit\ndata: {\"exitCode\":0}\n\n");
+    let server = Server::start(vec![("POST /v1/vms/vm-0123456789abcd/exec", answer)]);
+    let mut child = tiffin(&server.url, &["vm", "exec", VM, "--", "slow"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut first = [0; 5];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"first");
+    assert!(child.try_wait().unwrap().is_none());
+    release.send(()).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_command_quietly() {
+    let many: Vec<Value> = (0..5000).map(|_| vm(VM, "RUNNING")).collect();
+    let server = Server::start(vec![("GET /v1/vms", Answer::json(200, many.into()))]);
+    for args in [["vm", "ls"].as_slice(), &["vm", "ls", "--json"]] {
+        let mut child = tiffin(&server.url, args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let out = child.wait_with_output().unwrap();
+        assert_eq!((out.status.code(), text(&out.stderr)), (Some(141), ""));
+    }
+}
+
+#[test]
+fn no_server_is_told_with_how_to_start_one() {
+    let out = tiffin("http://127.0.0.1:1", &["vm", "ls"]).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    let lines = text(&out.stderr);
+    assert!(lines.starts_with("error: can't reach the server at http://127.0.0.1:1: "), "{lines}");
+    assert!(lines.contains("make up") && lines.contains("tiffin serve"), "{lines}");
+}
+
+#[test]
+fn rm_goes_on_after_a_failure_and_says_what_is_left() {
+    let server = Server::start(vec![
+        ("DELETE /v1/vms/vm-0123456789abcd", refusal(404, "VM not found", "not_found")),
+        ("DELETE /v1/vms/vm-fedcba98765432", Answer::empty(204)),
+    ]);
+    let out = run(&server, &["vm", "rm", VM, OTHER]);
+    assert_eq!(out.status.code(), Some(1));
+    assert_eq!(text(&out.stdout), format!("{OTHER}\n"));
+    assert!(text(&out.stderr).starts_with(&format!("{VM}: error: VM not found")), "{}", text(&out.stderr));
+}
+
+#[test]
+fn rm_all_deletes_each_and_takes_one_already_gone_as_done() {
+    let server = Server::start(vec![
+        ("GET /v1/vms", Answer::json(200, json!([vm(VM, "RUNNING"), vm(OTHER, "ERROR")]))),
+        ("DELETE /v1/vms/vm-0123456789abcd", refusal(404, "VM not found", "not_found")),
+        ("DELETE /v1/vms/vm-fedcba98765432", Answer::empty(204)),
+    ]);
+    let out = run(&server, &["vm", "rm", "--all"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!(text(&out.stdout), format!("{VM}\n{OTHER}\n"));
+}
+
+#[test]
+fn a_guests_console_cannot_control_the_terminal() {
+    let answer = json!({"type": "firecracker.stdout.log", "lines": ["boot", "\u{1b}[2Jgone"], "truncated": false});
+    let server = Server::start(vec![("GET /v1/vms/vm-0123456789abcd/logs", Answer::json(200, answer))]);
+    let out = run(&server, &["vm", "logs", VM, "--tail", "5"]);
+    assert_eq!(text(&out.stdout), "boot\n\\u{1b}[2Jgone\n");
+    assert_eq!(server.requests()[0].query, "type=firecracker.stdout.log&tail=5");
+}
+
+#[test]
+fn what_the_network_refused_is_listed() {
+    let answer = json!({"outboundInternet": true, "allowIps": ["198.51.100.0/24"],
+        "denied": {"total": 9, "destinations": [{"address": "192.0.2.1", "protocol": "tcp", "port": 25, "count": 9}]}});
+    let server = Server::start(vec![("GET /v1/vms/vm-0123456789abcd/network", Answer::json(200, answer))]);
+    let out = run(&server, &["vm", "network", VM]);
+    let shown = text(&out.stdout);
+    assert!(
+        shown.contains("192.0.2.1        tcp       25    9\n") && shown.ends_with("9 packets refused\n"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn a_new_key_stands_alone_on_stdout() {
+    let answer = json!({"id": "key-0123456789abcd", "key": "tfn_new", "scopes": ["read"], "expiresAt": null});
+    let server = Server::start(vec![("POST /v1/admin/api-keys", Answer::json(201, answer))]);
+    let out = run(&server, &["key", "create", "ci", "--scope", "read", "--scope", "write"]);
+    assert_eq!(text(&out.stdout), "tfn_new\n");
+    assert!(text(&out.stderr).contains("expires never"));
+    assert_eq!(server.requests()[0].body, json!({"name": "ci", "scopes": ["read", "write"]}));
+}
+
+#[test]
+fn a_missing_key_is_told_with_where_to_find_one() {
+    let server = Server::start(vec![("GET /v1/images", refusal(401, "missing API key", "unauthorized"))]);
+    let out = run(&server, &["image", "ls"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("TIFFIN_API_KEY"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn completion_scripts_name_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let out = tiffin("http://127.0.0.1:1", &["completion", shell]).output().unwrap();
+        assert!(out.status.success() && text(&out.stdout).contains("exec"), "{shell}");
+    }
+}

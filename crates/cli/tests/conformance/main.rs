@@ -1,0 +1,94 @@
+//! The engine conformance suite: every promise of `suite.rs`, on every engine.
+//!
+//! A new engine adds a [`Subject`] and a line to `on_every_engine`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by panicking and ends with its runtime"
+)]
+
+#[path = "../vms/harness.rs"]
+mod harness;
+mod suite;
+
+use std::sync::Arc;
+
+use harness::Host;
+use suite::Subject;
+use tiffin_engine::{Engine, Observed, fake::Fake};
+use tiffin_types::{
+    id::{Digest, VmId},
+    network::EgressPolicy,
+    vm::{EndReason, EndReport, VmSize, VmSpec},
+};
+
+struct FakeSubject(Arc<Fake>);
+
+#[async_trait::async_trait]
+impl Subject for FakeSubject {
+    fn engine(&self) -> Arc<dyn Engine> {
+        self.0.clone()
+    }
+
+    fn spec(&self) -> VmSpec {
+        let size = VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 };
+        VmSpec { id: VmId::random(), image: Digest::from_sha256([7; 32]), size, egress: EgressPolicy::default() }
+    }
+
+    async fn restart(&mut self) -> Vec<(VmId, Observed)> {
+        self.0.adopt().await.unwrap()
+    }
+
+    async fn kill_engine_process(&self, id: &VmId) {
+        let report = EndReport { reason: EndReason::EngineLost, message: "killed".into(), exit_code: None };
+        self.0.kill(id, report);
+    }
+}
+
+#[async_trait::async_trait]
+impl Subject for Host {
+    fn engine(&self) -> Arc<dyn Engine> {
+        self.engine.clone()
+    }
+
+    fn spec(&self) -> VmSpec {
+        Host::spec(self)
+    }
+
+    async fn restart(&mut self) -> Vec<(VmId, Observed)> {
+        Host::restart(self).await
+    }
+
+    async fn kill_engine_process(&self, id: &VmId) {
+        harness::kill_sandbox(&self.folder(id));
+    }
+}
+
+macro_rules! on_every_engine {
+    ($($promise:ident),* $(,)?) => {
+        mod fake {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::suite::$promise(&mut super::FakeSubject(super::Fake::new())).await;
+            })*
+        }
+        mod gvisor {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::suite::$promise(&mut super::Host::new().await).await;
+            })*
+        }
+    };
+}
+
+on_every_engine!(
+    a_whole_life,
+    starts_that_make_no_sense_are_refused,
+    pause_and_resume,
+    the_agent_is_reached_by_its_secret_alone,
+    destroy_from_any_state,
+    destroy_while_starting,
+    an_end_by_itself_is_told_once,
+    a_new_server_adopts_what_runs,
+);

@@ -1,0 +1,203 @@
+//! What a VM may reach, tried with real packets: a network namespace stands for the world outside.
+//!
+//! The addresses are those that are set aside for documentation (RFC 5737, RFC 3849): guarded like private ones, so each
+//! is reached only when it is named.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by panicking and ends with its runtime"
+)]
+
+#[path = "vms/harness.rs"]
+mod harness;
+
+use std::{
+    io::{Read, Write},
+    net::TcpListener,
+    os::unix::process::CommandExt,
+    process::{Child, Command, Stdio},
+};
+
+use harness::{Host, eventually, sh};
+use nix::sched::{CloneFlags, unshare};
+use tiffin_engine::Engine;
+use tiffin_types::{
+    id::VmId,
+    network::{EgressPolicy, parse_allow_entry},
+    vm::VmSpec,
+};
+
+/// A host outside: 198.51.100.10 and .11 (and 2001:db8:51::10), each answering on port 8080 with its own address. The
+/// machine itself is 198.51.100.1.
+struct World {
+    link: String,
+}
+
+impl World {
+    fn new() -> Self {
+        let link = format!("tw{}", &VmId::random().hex()[..10]);
+        let (up, is_up) = std::sync::mpsc::channel();
+        let name = link.clone();
+        std::thread::spawn(move || {
+            // The namespace lives as long as the sockets in it, which live as long as this test.
+            let host = std::fs::File::open("/proc/self/ns/net").unwrap();
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let me = nix::unistd::gettid();
+            ip_in(
+                &host,
+                &format!(
+                    "link add {name} type veth peer name world netns {me}\n\
+                     addr add 198.51.100.1/24 dev {name}\naddr add 2001:db8:51::1/64 dev {name} nodad\n\
+                     link set {name} up\n"
+                ),
+            );
+            run(
+                Command::new("ip").args(["-batch", "-"]),
+                "addr add 198.51.100.10/24 dev world\naddr add 198.51.100.11/24 dev world\n\
+                 addr add 2001:db8:51::10/64 dev world nodad\nlink set lo up\nlink set world up\n",
+            );
+            let listener = TcpListener::bind("[::]:8080").unwrap();
+            up.send(()).unwrap();
+            for mut stream in listener.incoming().flatten() {
+                // A connection that is closed with something unread is reset.
+                let _ = stream.read(&mut [0; 4096]);
+                let at = stream.local_addr().unwrap().ip().to_canonical();
+                let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nI am {at}\n");
+            }
+        });
+        is_up.recv().unwrap();
+        Self { link }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.link]).status();
+    }
+}
+
+fn ip_in(namespace: &std::fs::File, batch: &str) {
+    let mut command = Command::new("ip");
+    command.args(["-batch", "-"]);
+    let fd = std::os::fd::AsRawFd::as_raw_fd(namespace);
+    // SAFETY: setns(2) is async-signal-safe and the descriptor is open.
+    unsafe {
+        command.pre_exec(move || match nix::libc::setns(fd, nix::libc::CLONE_NEWNET) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    run(&mut command, batch);
+}
+
+fn run(command: &mut Command, input: &str) {
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// A real name server on the machine's loopback, which guests can't reach themselves.
+struct Names(Child);
+
+impl Names {
+    fn new(port: u16) -> Self {
+        let server = Command::new("dnsmasq")
+            .args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--conf-file=/dev/null", "--pid-file="])
+            .args(["--bind-interfaces", "--listen-address=127.0.0.1", "--user=root"])
+            .args([format!("--port={port}"), "--address=/world.test/198.51.100.10".into()])
+            .spawn()
+            .expect("dnsmasq, of the Debian package dnsmasq-base");
+        Self(server)
+    }
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn policy(outbound_internet: bool, allow: &[&str]) -> EgressPolicy {
+    EgressPolicy { outbound_internet, allow: allow.iter().map(|entry| parse_allow_entry(entry).unwrap()).collect() }
+}
+
+/// What the guest gets from `url`; empty when it gets nothing.
+async fn get(host: &Host, id: &VmId, url: &str) -> String {
+    let output = sh(&*host.engine, id, &format!("curl -sSg --max-time 4 {url}")).await;
+    eprint!("{url}: {}{}", output.stdout, output.stderr);
+    output.stdout
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_world_is_reached_as_far_as_it_is_listed() {
+    let _world = World::new();
+    let mut host = Host::new().await;
+    let _names = Names::new(5399);
+    host.config.resolvers = vec!["127.0.0.1:5399".parse().unwrap()];
+    host.restart().await;
+
+    let listed = policy(true, &["198.51.100.10/32", "2001:db8:51::10/128"]);
+    let open = host.running_as(VmSpec { ..host.spec_with(listed) }).await;
+    assert_eq!(get(&host, &open, "http://198.51.100.10:8080").await, "I am 198.51.100.10\n");
+    assert_eq!(get(&host, &open, "http://[2001:db8:51::10]:8080").await, "I am 2001:db8:51::10\n");
+    assert_eq!(get(&host, &open, "http://world.test:8080").await, "I am 198.51.100.10\n", "names resolve");
+    for elsewhere in ["198.51.100.11:8080", "198.51.100.1:22", "172.16.0.1:22", "10.213.0.0:22", "169.254.169.254"] {
+        assert_eq!(get(&host, &open, &format!("http://{elsewhere}")).await, "", "{elsewhere}");
+    }
+    let denied = || async { host.engine.denied(&open).await.unwrap() };
+    eventually("the denied connection is told", async || {
+        denied()
+            .await
+            .destinations
+            .iter()
+            .any(|one| one.address.to_string() == "198.51.100.11" && one.port == Some(8080) && one.protocol == "tcp")
+    })
+    .await;
+    assert!(denied().await.total >= 4, "{:?}", denied().await);
+    let log = host.engine.log_tail(&open, tiffin_engine::LogKind::Engine, 100).await.unwrap();
+    assert!(log.lines.iter().any(|line| line.contains("denied tcp to 198.51.100.11 port 8080")), "{log:?}");
+
+    // The widest public entry opens no guarded range, and no list at all opens nothing.
+    for closed in [policy(true, &["0.0.0.0/0", "::/0"]), policy(true, &[]), policy(false, &["198.51.100.10/32"])] {
+        let names = closed.allows_something();
+        let id = host.running_as(host.spec_with(closed.clone())).await;
+        assert_eq!(get(&host, &id, "http://198.51.100.10:8080").await, "", "{closed:?}");
+        assert_eq!(get(&host, &id, "http://[2001:db8:51::10]:8080").await, "", "{closed:?}");
+        let resolved = sh(&*host.engine, &id, "getent hosts world.test").await.stdout;
+        assert_eq!(resolved.contains("198.51.100.10"), names, "{closed:?}: {resolved}");
+        eventually("the denials are counted", async || host.engine.denied(&id).await.unwrap().total > 0).await;
+        host.engine.destroy(&id).await.unwrap();
+    }
+
+    // The machine's own address opens when it is named exactly.
+    let listener = TcpListener::bind("198.51.100.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nI am the host\n");
+        }
+    });
+    let url = format!("http://198.51.100.1:{port}");
+    for (entry, answer) in [("198.51.100.1/32", "I am the host\n"), ("198.51.100.0/24", "")] {
+        let id = host.running_as(host.spec_with(policy(true, &[entry]))).await;
+        assert_eq!(get(&host, &id, &url).await, answer, "{entry}");
+        host.engine.destroy(&id).await.unwrap();
+    }
+
+    // VMs don't reach each other, by whatever address; nor does a firewall that was flushed meanwhile matter.
+    assert!(Command::new("nft").args(["delete", "table", "inet", "tiffin"]).status().unwrap().success());
+    let other = host.running_as(host.spec_with(policy(true, &["10.213.0.0/16", "198.51.100.10/32"]))).await;
+    assert_eq!(get(&host, &other, "http://198.51.100.10:8080").await, "I am 198.51.100.10\n");
+    let table = Command::new("nft").args(["list", "table", "inet", "tiffin"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&table.stdout).contains("masquerade"), "the host's filter is there again");
+    for link in 0..6 {
+        assert_eq!(get(&host, &other, &format!("--connect-timeout 1 http://10.213.0.{link}:1")).await, "");
+    }
+    for id in [&open, &other] {
+        host.engine.destroy(id).await.unwrap();
+    }
+    assert_eq!(harness::leftovers(&host, &[open, other]), Vec::<String>::new());
+}
