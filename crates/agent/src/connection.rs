@@ -69,6 +69,9 @@ impl Service {
                 Ended::Answered | Ended::HostGone => {}
                 Ended::Failed(failed) => fail(socket, &failed),
             },
+            Op::Script(_) | Op::Files(_) | Op::Renew(_) => {
+                fail(socket, &failure(FailureCode::Internal, "this agent can't do that"));
+            }
             Op::Shutdown(shutdown) => {
                 crate::shutdown::end_guest(Duration::from_millis(shutdown.grace_ms));
                 answer(socket, &json!({}));

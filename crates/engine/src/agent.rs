@@ -90,7 +90,9 @@ impl ExecStream {
                 Ok(ExecItem::Stderr(payload))
             }
             Kind::Done | Kind::Failed => answer(kind, &payload).map(ExecItem::Done),
-            Kind::Request | Kind::Stdin | Kind::StdinEnd | Kind::Event => Err(unexpected(kind)),
+            Kind::Request | Kind::Stdin | Kind::StdinEnd | Kind::Event | Kind::Result | Kind::Resize => {
+                Err(unexpected(kind))
+            }
         }
     }
 
@@ -179,9 +181,14 @@ fn answer<T: DeserializeOwned>(kind: Kind, payload: &[u8]) -> Result<T, AgentErr
     match kind {
         Kind::Done => serde_json::from_slice(payload).map_err(unreadable),
         Kind::Failed => Err(AgentError::Refused(serde_json::from_slice(payload).map_err(unreadable)?)),
-        Kind::Request | Kind::Stdin | Kind::StdinEnd | Kind::Stdout | Kind::Stderr | Kind::Event => {
-            Err(unexpected(kind))
-        }
+        Kind::Request
+        | Kind::Stdin
+        | Kind::StdinEnd
+        | Kind::Stdout
+        | Kind::Stderr
+        | Kind::Event
+        | Kind::Result
+        | Kind::Resize => Err(unexpected(kind)),
     }
 }
 
@@ -212,6 +219,7 @@ mod tests {
             stdout_cap: 10,
             stderr_cap: 10,
             stdin: false,
+            terminal: None,
         }
     }
 

@@ -3,7 +3,7 @@
 //! The life of a VM, as an engine sees it:
 //!
 //! ```text
-//!   (absent) --create--> Stopped --start--> Running --stop--> Stopped --destroy--> (absent)
+//!   (absent) --create[_from]--> Stopped --start--> Running --stop--> Stopped --destroy--> (absent)
 //!                                            | ^  \
 //!                                       pause| |resume  `--(ends by itself)--> Stopped, with an EndReport
 //!                                            v |
@@ -19,7 +19,8 @@ use std::{pin::Pin, time::Duration};
 
 use async_trait::async_trait;
 use tiffin_types::{
-    id::VmId,
+    id::{SnapshotId, VmId},
+    network::EgressPolicy,
     vm::{EndReport, EngineName, Isolation, VmSpec},
 };
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -160,6 +161,9 @@ pub enum EngineError {
     /// The spec or the image is of no use to this engine.
     #[error("{0}")]
     Invalid(String),
+    /// The snapshot can't be restored here, ever; says why.
+    #[error("{0}")]
+    BadSnapshot(String),
     /// Something on the host failed.
     #[error("{context}")]
     Host {
@@ -178,10 +182,16 @@ impl EngineError {
     }
 }
 
+/// A VM that was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Saved {
+    /// Room that the snapshot takes on the host's disk, in bytes.
+    pub size_bytes: u64,
+    /// For how long the VM stood still.
+    pub paused: Duration,
+}
+
 /// What runs VMs.
-///
-/// Snapshots (next) will be `snapshot(id, into) -> SnapshotFiles` and a `restore_from` beside `start`; nothing else in
-/// this trait assumes that a start is a boot.
 #[async_trait]
 pub trait Engine: Send + Sync + 'static {
     /// Which engine this is.
@@ -200,6 +210,28 @@ pub trait Engine: Send + Sync + 'static {
     /// Brings a created or stopped VM up and returns when its agent is ready. On failure it is down again, and
     /// [`EngineError::Ended`] says why where the VM itself was the cause. Dropping the future doesn't stop the start.
     async fn start(&self, id: &VmId) -> Result<Started, EngineError>;
+
+    /// As [`Engine::create`], with the disk of a snapshot, and the first start goes on where the snapshot was taken
+    /// instead of booting; each later one boots. The VM becomes itself before that start returns: host name, machine
+    /// id, token, addresses, clock and the kernel's random state are its own, and two VMs of one snapshot share nothing.
+    /// `spec` must name the image, CPUs, memory and disk of the snapshot ([`EngineError::Invalid`]); its egress is its
+    /// own. A snapshot that is damaged, was made by another host or by an engine that this one can't take over from is
+    /// [`EngineError::BadSnapshot`]. Once this returned, the snapshot may be removed.
+    async fn create_from(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError>;
+
+    /// Saves a running or paused VM's memory, CPU state and disk under a new name; the VM goes on as it was. On failure nothing is
+    /// left of the snapshot and the VM goes on too.
+    async fn snapshot_save(&self, id: &VmId, into: &SnapshotId) -> Result<Saved, EngineError>;
+
+    /// Removes a snapshot; absent is fine.
+    async fn snapshot_remove(&self, snapshot: &SnapshotId) -> Result<(), EngineError>;
+
+    /// The snapshots on this host that are whole. What a killed save left is removed by [`Engine::adopt`].
+    async fn snapshot_list(&self) -> Result<Vec<SnapshotId>, EngineError>;
+
+    /// Changes what a VM may reach outside, from now on and for later starts. In a running VM connections that are no
+    /// longer allowed stop working, and names are answered exactly when something is allowed.
+    async fn set_egress(&self, id: &VmId, egress: &EgressPolicy) -> Result<(), EngineError>;
 
     /// Shuts a running or paused VM down: the guest's processes have `grace` to end, then all is killed. The disk stays.
     async fn stop(&self, id: &VmId, grace: Duration) -> Result<EndReport, EngineError>;

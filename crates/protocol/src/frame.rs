@@ -25,12 +25,26 @@ pub enum Kind {
     Failed,
     /// Agent to monitor, on standard output: JSON `Event`.
     Event,
+    /// Agent to host: bytes of the operation's result, which is neither of its outputs.
+    Result,
+    /// Host to agent: the terminal's new size, JSON `TerminalSize`.
+    Resize,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 8] =
-        [Kind::Request, Kind::Stdin, Kind::StdinEnd, Kind::Stdout, Kind::Stderr, Kind::Done, Kind::Failed, Kind::Event];
+    pub const ALL: [Kind; 10] = [
+        Kind::Request,
+        Kind::Stdin,
+        Kind::StdinEnd,
+        Kind::Stdout,
+        Kind::Stderr,
+        Kind::Done,
+        Kind::Failed,
+        Kind::Event,
+        Kind::Result,
+        Kind::Resize,
+    ];
 
     /// The kind's byte on the wire.
     pub fn byte(self) -> u8 {
@@ -43,6 +57,8 @@ impl Kind {
             Kind::Done => 6,
             Kind::Failed => 7,
             Kind::Event => 8,
+            Kind::Result => 9,
+            Kind::Resize => 10,
         }
     }
 

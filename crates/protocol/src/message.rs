@@ -42,6 +42,12 @@ pub enum Op {
     Ping,
     /// Run a command; answers [`ExecDone`], or [`Failure`] when it could not be started.
     Exec(Exec),
+    /// Run a program in a JavaScript runtime; answers [`ExecDone`] after [`Kind::Result`](crate::Kind::Result) frames.
+    Script(Script),
+    /// Move files in or out; answers [`FilesDone`].
+    Files(Files),
+    /// Become another guest, after a restore, or learn what has changed; answers [`Pong`].
+    Renew(Renew),
     /// End every process in the guest (SIGTERM, then SIGKILL after the grace), sync, and exit; answers `{}` first.
     Shutdown(Shutdown),
 }
@@ -85,6 +91,205 @@ pub struct Exec {
     pub stderr_cap: u64,
     /// Whether [`Kind::Stdin`](crate::Kind::Stdin) frames follow; otherwise standard input is `/dev/null`.
     pub stdin: bool,
+    /// A terminal of this size for all three streams instead of pipes: output comes as
+    /// [`Kind::Stdout`](crate::Kind::Stdout), [`Kind::Resize`](crate::Kind::Resize) changes the size, and `stdin` must
+    /// be true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<TerminalSize>,
+}
+
+/// A terminal's size, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Columns.
+    pub columns: u16,
+    /// Rows.
+    pub rows: u16,
+}
+
+/// A program for a JavaScript runtime. It sees `result.set(value)` and `result.error(value)`; what they were given comes
+/// as JSON of an [`Outcome`] in [`Kind::Result`](crate::Kind::Result) frames before the last frame; no frame, no outcome.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Script {
+    /// What runs it.
+    pub runtime: Runtime,
+    /// The program.
+    pub source: Source,
+    /// The program's arguments.
+    pub args: Vec<String>,
+    /// Environment beyond the agent's base; under Deno the program may read these names and no others.
+    pub env: BTreeMap<String, String>,
+    /// Further options of the runtime, before the program.
+    pub flags: Vec<String>,
+    /// Whether the program may use the network, as far as the VM may.
+    pub network: bool,
+    /// User id to run as.
+    pub uid: u32,
+    /// Group id to run as.
+    pub gid: u32,
+    /// After this many milliseconds the whole process group is killed.
+    pub timeout_ms: u64,
+    /// As [`Exec::stdout_cap`].
+    pub stdout_cap: u64,
+    /// As [`Exec::stderr_cap`].
+    pub stderr_cap: u64,
+    /// Bytes of the outcome; a larger one is an error of the program's.
+    pub result_cap: u64,
+}
+
+/// What runs a [`Script`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Runtime {
+    /// Deno, for TypeScript and JavaScript.
+    Deno,
+    /// Node.js.
+    Node,
+}
+
+/// Where a [`Script`]'s program is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// In [`Kind::Stdin`](crate::Kind::Stdin) frames, up to [`Kind::StdinEnd`](crate::Kind::StdinEnd). Relative imports
+    /// start at `/workspace`.
+    Inline,
+    /// In this file of the guest, below `/workspace`.
+    Path(String),
+}
+
+/// What a [`Script`] said of itself. Comes from the guest: nothing in it is to be trusted.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// What `result.set` was given last: any JSON value, `null` too.
+    #[serde(default, deserialize_with = "some_value", skip_serializing_if = "Option::is_none")]
+    pub result: Option<serde_json::Value>,
+    /// What `result.error` was given last, or what was thrown and not caught.
+    #[serde(default, deserialize_with = "some_value", skip_serializing_if = "Option::is_none")]
+    pub error: Option<serde_json::Value>,
+}
+
+/// A field that is there is `Some`, also when it is null.
+fn some_value<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<serde_json::Value>, D::Error> {
+    serde_json::Value::deserialize(from).map(Some)
+}
+
+/// Files to move. All paths are absolute and below `/workspace` once links are followed, else
+/// [`FailureCode::Forbidden`]; what is done there is done by `uid` and `gid`, not by root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Files {
+    /// What to do.
+    pub action: FileAction,
+    /// User id to act as.
+    pub uid: u32,
+    /// Group id to act as.
+    pub gid: u32,
+    /// After this many milliseconds it is given up with [`FailureCode::TimedOut`].
+    pub timeout_ms: u64,
+}
+
+/// What to do with files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "action", rename_all = "snake_case")]
+pub enum FileAction {
+    /// Unpack a gzipped tar, which comes in [`Kind::Stdin`](crate::Kind::Stdin) frames up to
+    /// [`Kind::StdinEnd`](crate::Kind::StdinEnd), into the folder `dest`, which is made if need be. What breaks a rule
+    /// ([`FailureCode::BadArchive`], [`FailureCode::TooLarge`]) or is cut short leaves nothing behind.
+    Unpack {
+        /// The folder.
+        dest: String,
+        /// What it may come to.
+        limits: UnpackLimits,
+    },
+    /// Send a file, or a folder with all in it, as a gzipped tar in [`Kind::Stdout`](crate::Kind::Stdout) frames.
+    Pack {
+        /// The file or folder.
+        path: String,
+    },
+    /// Send the entries of a folder as a JSON list of [`FileEntry`], by name, in [`Kind::Stdout`](crate::Kind::Stdout)
+    /// frames; [`FailureCode::TooLarge`] when there are more than `max_entries`.
+    List {
+        /// The folder.
+        path: String,
+        /// The most entries.
+        max_entries: u64,
+    },
+    /// Send a regular file's bytes in [`Kind::Stdout`](crate::Kind::Stdout) frames.
+    Read {
+        /// The file.
+        path: String,
+    },
+    /// Write a regular file, whole or not at all, with the bytes of [`Kind::Stdin`](crate::Kind::Stdin) frames up to
+    /// [`Kind::StdinEnd`](crate::Kind::StdinEnd). Folders on the way are made.
+    Write {
+        /// The file.
+        path: String,
+        /// The most bytes.
+        max_bytes: u64,
+    },
+}
+
+/// What an archive may come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnpackLimits {
+    /// Bytes of all files.
+    pub unpacked_bytes: u64,
+    /// Files and folders.
+    pub entries: u64,
+    /// Unpacked bytes for each compressed one, counted once a mebibyte is unpacked.
+    pub ratio: u64,
+}
+
+/// What is in a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FileEntry {
+    /// Its name; invalid UTF-8 replaced.
+    pub name: String,
+    /// What it is.
+    pub kind: FileKind,
+    /// Bytes of a file; 0 for everything else.
+    pub size: u64,
+    /// Permission bits, such as 0o644.
+    pub mode: u32,
+    /// When it was last changed, milliseconds since the Unix epoch.
+    pub modified_ms: i64,
+}
+
+/// What a [`FileEntry`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileKind {
+    /// A regular file.
+    File,
+    /// A folder.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// A device, socket or FIFO.
+    Other,
+}
+
+/// What moving files came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesDone {
+    /// Bytes of files, unpacked.
+    pub bytes: u64,
+    /// Files and folders.
+    pub entries: u64,
+}
+
+/// What a guest is from now on. The request carries the token that was right until then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    /// Its identity: token, host name, addresses, resolvers.
+    pub boot: Boot,
+    /// A new machine id (`/etc/machine-id`), 32 lower-case hexadecimal digits; none leaves it alone.
+    pub machine_id: Option<String>,
+    /// The time, milliseconds since the Unix epoch.
+    pub unix_ms: i64,
+    /// Fresh randomness for the kernel's generator, in hexadecimal.
+    pub seed: String,
 }
 
 /// What to run.
@@ -135,6 +340,18 @@ pub enum FailureCode {
     BadCommand,
     /// The guest has no room for another process.
     NoRoom,
+    /// There is no such file.
+    NotFound,
+    /// The path leads outside `/workspace`, is of the wrong type, or the user may not.
+    Forbidden,
+    /// The archive breaks a rule; the message says which, and by what entry.
+    BadArchive,
+    /// A limit of the request is reached; the message says which.
+    TooLarge,
+    /// The guest's disk is full.
+    NoSpace,
+    /// The time limit of a file operation is reached.
+    TimedOut,
     /// The agent failed.
     Internal,
 }

@@ -183,6 +183,7 @@ impl From<EngineError> for AppError {
                 Self::Unprocessable { code: "unsupported", message: format!("the engine {engine} can't {what}") }
             }
             EngineError::Invalid(message) => Self::Unprocessable { code: "invalid_for_engine", message },
+            EngineError::BadSnapshot(message) => Self::Unprocessable { code: "bad_snapshot", message },
             EngineError::Host { context, source } => Self::Internal { context, source },
         }
     }

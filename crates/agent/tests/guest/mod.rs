@@ -218,6 +218,7 @@ fn command(command: Command) -> Exec {
         stdout_cap: 1 << 20,
         stderr_cap: 1 << 20,
         stdin: false,
+        terminal: None,
     }
 }
 

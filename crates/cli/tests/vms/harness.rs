@@ -150,6 +150,7 @@ pub(crate) fn shell(line: &str) -> Exec {
         stdout_cap: 1 << 20,
         stderr_cap: 1 << 20,
         stdin: false,
+        terminal: None,
     }
 }
 

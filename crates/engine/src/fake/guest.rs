@@ -59,6 +59,9 @@ pub(super) async fn serve(fake: &Shared, connection: DuplexStream) {
         match request.op {
             Op::Ping => send(&mut writer, Kind::Done, &json(&pong())).await,
             Op::Shutdown(_) => send(&mut writer, Kind::Done, b"{}").await,
+            Op::Script(_) | Op::Files(_) | Op::Renew(_) => {
+                fail(&mut writer, FailureCode::Internal, "not in this fake yet").await
+            }
             Op::Exec(exec) => {
                 let _running = Running::new(fake);
                 run(fake, &exec, &mut writer).await

@@ -15,14 +15,15 @@ use std::{
 
 use async_trait::async_trait;
 use tiffin_types::{
-    id::VmId,
+    id::{SnapshotId, VmId},
+    network::EgressPolicy,
     vm::{EndReason, EndReport, EngineName, Isolation, VmSpec},
 };
 use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Started, Target,
+    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Saved, Started, Target,
 };
 pub use guest::{Script, TOKEN};
 pub use knobs::Call;
@@ -213,6 +214,26 @@ impl Engine for Fake {
         });
         start.await.map_err(|error| EngineError::host("starting", error))??;
         Ok(Started { took: began.elapsed() })
+    }
+
+    async fn create_from(&self, _spec: &VmSpec, _snapshot: &SnapshotId) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported { engine: "fake", what: "restore snapshots" })
+    }
+
+    async fn snapshot_save(&self, _id: &VmId, _into: &SnapshotId) -> Result<Saved, EngineError> {
+        Err(EngineError::Unsupported { engine: "fake", what: "save snapshots" })
+    }
+
+    async fn snapshot_remove(&self, _snapshot: &SnapshotId) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn snapshot_list(&self) -> Result<Vec<SnapshotId>, EngineError> {
+        Ok(Vec::new())
+    }
+
+    async fn set_egress(&self, _id: &VmId, _egress: &EgressPolicy) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported { engine: "fake", what: "change a network policy" })
     }
 
     async fn stop(&self, id: &VmId, _grace: Duration) -> Result<EndReport, EngineError> {

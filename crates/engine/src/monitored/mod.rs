@@ -26,7 +26,8 @@ use std::{
 use async_trait::async_trait;
 use tiffin_protocol::AGENT_PORT;
 use tiffin_types::{
-    id::VmId,
+    id::{SnapshotId, VmId},
+    network::EgressPolicy,
     vm::{EndReport, EngineName, Isolation, VmSpec},
 };
 use tokio::sync::mpsc;
@@ -37,7 +38,7 @@ pub use self::{
 };
 use self::{images::Images, leftovers::Leftovers, stream::GuestStream, uplinks::Uplinks, watch::Watch};
 use crate::{
-    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Started, Target,
+    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Saved, Started, Target,
     host::{
         cgroup::Cgroups,
         disk, filter,
@@ -259,6 +260,26 @@ impl Engine for Monitored {
                 Err(EngineError::Ended(report))
             }
         }
+    }
+
+    async fn create_from(&self, _spec: &VmSpec, _snapshot: &SnapshotId) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported { engine: "gvisor", what: "restore snapshots" })
+    }
+
+    async fn snapshot_save(&self, _id: &VmId, _into: &SnapshotId) -> Result<Saved, EngineError> {
+        Err(EngineError::Unsupported { engine: "gvisor", what: "save snapshots" })
+    }
+
+    async fn snapshot_remove(&self, _snapshot: &SnapshotId) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn snapshot_list(&self) -> Result<Vec<SnapshotId>, EngineError> {
+        Ok(Vec::new())
+    }
+
+    async fn set_egress(&self, _id: &VmId, _egress: &EgressPolicy) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported { engine: "gvisor", what: "change a network policy" })
     }
 
     async fn stop(&self, id: &VmId, grace: Duration) -> Result<EndReport, EngineError> {

@@ -96,6 +96,7 @@ pub(crate) async fn exec_start(
         stdout_cap: EXEC_OUTPUT_BYTES as u64,
         stderr_cap: EXEC_OUTPUT_BYTES as u64,
         stdin: false,
+        terminal: None,
     };
     let stream = match tokio::time::timeout(DIAL, agent::exec(connection, &token, exec)).await {
         Ok(Ok(stream)) => stream,
@@ -162,9 +163,15 @@ async fn failure(app: &Arc<App>, vm: &Vm, error: AgentError) -> AppError {
                 code: "guest_full",
                 message: "the VM has no room for another process: end some of its processes".into(),
             },
-            FailureCode::Unauthorized | FailureCode::BadRequest | FailureCode::Internal => {
-                AppError::Agent(failure.message.into())
-            }
+            FailureCode::Unauthorized
+            | FailureCode::BadRequest
+            | FailureCode::Internal
+            | FailureCode::NotFound
+            | FailureCode::Forbidden
+            | FailureCode::BadArchive
+            | FailureCode::TooLarge
+            | FailureCode::NoSpace
+            | FailureCode::TimedOut => AppError::Agent(failure.message.into()),
         },
         AgentError::TimedOut => AppError::AgentTimeout,
         AgentError::Protocol(_) => AppError::Agent(Box::new(error)),
