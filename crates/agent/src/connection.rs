@@ -2,17 +2,19 @@
 //!
 //! Invariant: exactly one last frame, `Done` or `Failed`, unless the host has closed the connection or was too slow.
 
-use std::net::{IpAddr, Shutdown as Direction, TcpStream};
-use std::sync::Arc;
+use std::net::{Shutdown as Direction, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
-use tiffin_protocol::{Boot, Failure, FailureCode, Kind, Op, Pong, encode};
+use tiffin_protocol::{Boot, Failure, FailureCode, Kind, Op, Pong, Renew, encode};
 
 use crate::exec::{self, Ended, Guest};
+use crate::identity::{Current, Identity};
 use crate::jobs::Jobs;
 use crate::reaper::Reaper;
+use crate::renew::Renewal;
 use crate::request::{failure, parse};
 use crate::wire::{First, WireError, read_first, write_all};
 
@@ -28,21 +30,21 @@ const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 /// What every connection shares.
 #[derive(Debug)]
 pub struct Service {
-    token: String,
-    addresses: Vec<IpAddr>,
+    identity: Current,
+    /// Held while the guest becomes another: one change after the other.
+    renewing: Mutex<()>,
     guest: Guest,
 }
 
 impl Service {
     /// The service of a guest that was booted by `boot`.
     pub fn new(boot: Boot, jobs: Jobs, reaper: Arc<Reaper>) -> Self {
-        let addresses = boot.addresses.iter().filter_map(|address| address.parse().ok()).collect();
-        Service { token: boot.token, addresses, guest: Guest { jobs, reaper } }
+        Service { identity: Current::new(boot.into()), renewing: Mutex::default(), guest: Guest { jobs, reaper } }
     }
 
-    /// The guest's own addresses.
-    pub fn addresses(&self) -> &[IpAddr] {
-        &self.addresses
+    /// Who the guest is at this moment.
+    pub fn identity(&self) -> Arc<Identity> {
+        self.identity.get()
     }
 
     /// Serves one connection to its end.
@@ -56,7 +58,7 @@ impl Service {
             }
             Err(WireError::Closed | WireError::Socket(_)) => return,
         };
-        match parse(first.kind, &first.payload, &self.token) {
+        match parse(first.kind, &first.payload, &self.identity().token) {
             Ok(op) => self.run(op, socket, first),
             Err(refused) => fail(socket, &refused),
         }
@@ -69,7 +71,11 @@ impl Service {
                 Ended::Answered | Ended::HostGone => {}
                 Ended::Failed(failed) => fail(socket, &failed),
             },
-            Op::Script(_) | Op::Files(_) | Op::Renew(_) => {
+            Op::Renew(renew) => match self.renew(renew) {
+                Ok(()) => answer(socket, &pong()),
+                Err(refused) => fail(socket, &refused),
+            },
+            Op::Script(_) | Op::Files(_) => {
                 fail(socket, &failure(FailureCode::Internal, "this agent can't do that"));
             }
             Op::Shutdown(shutdown) => {
@@ -79,6 +85,17 @@ impl Service {
                 std::process::exit(0);
             }
         }
+    }
+}
+
+impl Service {
+    /// Becomes what `renew` says.
+    fn renew(&self, renew: Renew) -> Result<(), Failure> {
+        let renewal = Renewal::of(&renew)?;
+        let _one = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
+        renewal.apply();
+        self.identity.replace(renew.boot.into());
+        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! The guest's file system and identity: mounts, `/workspace`, host name, `/etc/hosts`, `/etc/resolv.conf`.
+//! The guest's file system and identity: mounts, `/workspace`, host name, `/etc/hosts`, `/etc/resolv.conf`, machine id.
 //!
 //! The image is a stranger's: no link that it planted is followed when something is written, and whatever can't be set
 //! up becomes a line on standard error, never a reason to stop.
@@ -8,9 +8,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, renameat};
 use nix::mount::{MsFlags, mount};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, fchown, unlinkat};
 use tiffin_protocol::Boot;
 
@@ -25,13 +26,29 @@ pub fn set_up(boot: &Boot) {
     mount_missing();
     report("/tmp", folder(Path::new("/tmp"), 0o1777, None));
     report("/workspace", folder(Path::new("/workspace"), 0o755, Some(USER)));
-    report("host name", nix::unistd::sethostname(&boot.hostname).map_err(io::Error::from));
-    report("/etc/hostname", replace("hostname", &format!("{}\n", boot.hostname)));
-    report("/etc/hosts", replace("hosts", &hosts(boot)));
-    report("/etc/resolv.conf", replace("resolv.conf", &resolv_conf(&boot.resolvers)));
+    identify(boot);
 }
 
-fn report(what: &str, done: io::Result<()>) {
+/// Gives the guest the name, hosts and resolvers of `boot`, and says on standard error what could not be.
+pub fn identify(boot: &Boot) {
+    report("host name", nix::unistd::sethostname(&boot.hostname).map_err(io::Error::from));
+    report("/etc/hostname", replace(&["etc"], "hostname", &format!("{}\n", boot.hostname), 0o644));
+    report("/etc/hosts", replace(&["etc"], "hosts", &hosts(boot), 0o644));
+    report("/etc/resolv.conf", replace(&["etc"], "resolv.conf", &resolv_conf(&boot.resolvers), 0o644));
+}
+
+/// Gives the guest the machine id `id`. D-Bus's own copy only changes where there is one: it may be a link to the other.
+pub fn set_machine_id(id: &str) {
+    let line = format!("{id}\n");
+    report("/etc/machine-id", replace(&["etc"], "machine-id", &line, 0o444));
+    let copy = Path::new("/var/lib/dbus/machine-id");
+    if fs::symlink_metadata(copy).is_ok_and(|metadata| metadata.is_file()) {
+        report("/var/lib/dbus/machine-id", replace(&["var", "lib", "dbus"], "machine-id", &line, 0o444));
+    }
+}
+
+/// Says on standard error what could not be done.
+pub fn report(what: &str, done: io::Result<()>) {
     if let Err(error) = done {
         eprintln!("tiffin-agent: {what} not set up: {error}");
     }
@@ -49,21 +66,32 @@ fn resolv_conf(resolvers: &[String]) -> String {
     resolvers.iter().map(|resolver| format!("nameserver {resolver}\n")).collect()
 }
 
-/// Writes `/etc/NAME` beside the old one and renames it into place, so that a link there is replaced, not followed.
-fn replace(name: &str, content: &str) -> io::Result<()> {
-    match fs::create_dir("/etc") {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
-    let etc = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open("/etc")?;
+/// Writes the file `name` of a folder beside the old one and renames it into place, so that a link there is replaced, not
+/// followed; nor is one on the way. The folder is given by the names that lead to it from the root; what is missing is made.
+fn replace(folder: &[&str], name: &str, content: &str, mode: u32) -> io::Result<()> {
+    let folder = enter(folder)?;
     // What an earlier run may have left; usually nothing.
-    let _ = unlinkat(&etc, TEMPORARY, UnlinkatFlags::NoRemoveDir);
+    let _ = unlinkat(&folder, TEMPORARY, UnlinkatFlags::NoRemoveDir);
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let mut file = File::from(openat(&etc, TEMPORARY, flags, Mode::from_bits_truncate(0o644))?);
+    let mut file = File::from(openat(&folder, TEMPORARY, flags, Mode::from_bits_truncate(0o600))?);
     file.write_all(content.as_bytes())?;
-    file.set_permissions(fs::Permissions::from_mode(0o644))?;
-    renameat(&etc, TEMPORARY, &etc, name)?;
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    renameat(&folder, TEMPORARY, &folder, name)?;
     Ok(())
+}
+
+/// Opens the folder that `names` lead to.
+fn enter(names: &[&str]) -> io::Result<File> {
+    let mut folder = File::open("/")?;
+    for name in names {
+        match mkdirat(&folder, *name, Mode::from_bits_truncate(0o755)) {
+            Err(Errno::EEXIST) | Ok(()) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        folder = File::from(openat(&folder, *name, flags, Mode::empty())?);
+    }
+    Ok(folder)
 }
 
 /// Makes sure that `path` is a folder, not a link to one, of that mode and owner.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! monitor --stdin: Boot--> [boot] -> [guest] -> [jobs] -> [listen] --stdout: Event::Ready--> monitor
-//! host ----TCP-----------> [listen] -> [connection] -> [request] -> [exec] | [shutdown] | ping
+//! host ----TCP-----------> [listen] -> [connection] -> [request] -> [exec] | [renew] | [shutdown] | ping
 //!                                                                     ^
 //!                                        [reaper]: every exit --------+
 //! ```
@@ -21,11 +21,13 @@ pub mod boot;
 pub mod connection;
 pub mod exec;
 pub mod guest;
+pub mod identity;
 pub mod jobs;
 pub mod limits;
 pub mod listen;
 pub mod processes;
 pub mod reaper;
+pub mod renew;
 pub mod request;
 pub mod shutdown;
 pub mod wire;

@@ -88,7 +88,7 @@ impl Pool {
         match accepted {
             Ok((socket, peer)) => {
                 let open = self.open.fetch_add(1, Ordering::Relaxed);
-                if open < MAX_CONNECTIONS && !is_own(peer, &socket, self.service.addresses()) {
+                if open < MAX_CONNECTIONS && !is_own(peer, &socket, &self.service.identity().addresses) {
                     if others == 0 {
                         self.start_worker();
                     }

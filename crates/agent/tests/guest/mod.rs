@@ -1,7 +1,7 @@
 //! A guest without an engine: the real agent as process 1 of its own namespaces (pid, network, mount, host name, cgroup)
 //! over a throw-away overlay of this machine's root, joined to the test's own network namespace by a veth pair. Needs root.
 //!
-//! Everything of it goes when it is dropped.
+//! Everything of it goes when it is dropped. The clock is the machine's own, so the agent may not set it.
 
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
@@ -35,7 +35,7 @@ cp $AGENT $FOLDER/root/agent
 eval "$PLANT"
 ip link add eth0 type veth peer name gw0 netns $HOST
 ip addr add 172.16.0.2/30 dev eth0; ip link set eth0 up; ip link set lo up
-exec unshare --pid --fork --kill-child --mount-proc=$FOLDER/root/proc chroot $FOLDER/root /agent
+exec setpriv --bounding-set=-sys_time unshare --pid --fork --kill-child --mount-proc=$FOLDER/root/proc chroot $FOLDER/root /agent
 "#;
 
 pub(crate) struct Guest {
