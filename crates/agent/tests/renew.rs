@@ -11,7 +11,8 @@ const FRESH: &str = "another secret of this test";
 const ID: &str = "00112233445566778899aabbccddeeff";
 
 fn now_ms() -> i64 {
-    i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+    i64::try_from(since_epoch.as_millis()).expect("it is before the year 292 million")
 }
 
 fn renew(address: &str) -> Renew {
