@@ -174,7 +174,10 @@ async fn failure(app: &Arc<App>, vm: &Vm, error: AgentError) -> AppError {
             | FailureCode::TimedOut => AppError::Agent(failure.message.into()),
         },
         AgentError::TimedOut => AppError::AgentTimeout,
-        AgentError::Protocol(_) => AppError::Agent(Box::new(error)),
+        AgentError::RequestTooLarge => AppError::BadRequest(
+            "the request is too large for the VM's agent: send less, or fewer control characters".into(),
+        ),
+        AgentError::Protocol(_) | AgentError::OutputTooLarge => AppError::Agent(Box::new(error)),
         AgentError::Lost(_) => ended(app, vm).await.unwrap_or_else(|| AppError::Agent(Box::new(error))),
     }
 }
