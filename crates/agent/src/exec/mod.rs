@@ -45,6 +45,14 @@ pub struct Guest {
     pub reaper: Arc<Reaper>,
 }
 
+/// A frame to send.
+pub type Frame = (Kind, Vec<u8>);
+
+/// A frame that says `value`, which must be of strings, numbers and such alone.
+pub fn frame(kind: Kind, value: &impl serde::Serialize) -> Frame {
+    (kind, serde_json::to_vec(value).expect("strings and numbers are JSON"))
+}
+
 /// How an exec ended, seen from its connection.
 #[derive(Debug)]
 pub enum Ended {
@@ -65,18 +73,37 @@ struct Pipes {
 
 /// Runs `exec` to its end. `early` are bytes that the host sent right behind the request.
 pub fn run(guest: &Guest, exec: &Exec, socket: &TcpStream, early: Vec<u8>) -> Ended {
+    run_then(guest, exec, socket, early, |done| vec![frame(Kind::Done, &done)])
+}
+
+/// As [`run`], but `last` makes the last frames of what [`run`] would have answered with, each of them shorter than a
+/// frame's maximum.
+pub fn run_then(
+    guest: &Guest,
+    exec: &Exec,
+    socket: &TcpStream,
+    early: Vec<u8>,
+    last: impl FnOnce(ExecDone) -> Vec<Frame>,
+) -> Ended {
     let job = match guest.jobs.take() {
         Ok(job) => job,
         Err(error) => return Ended::Failed(no_room(&error.to_string())),
     };
-    let ended = run_in(guest, job.as_ref(), exec, socket, early);
+    let ended = run_in(guest, job.as_ref(), exec, socket, early, last);
     if let Some(job) = job {
         guest.jobs.give_back(job);
     }
     ended
 }
 
-fn run_in(guest: &Guest, job: Option<&Job>, exec: &Exec, socket: &TcpStream, early: Vec<u8>) -> Ended {
+fn run_in(
+    guest: &Guest,
+    job: Option<&Job>,
+    exec: &Exec,
+    socket: &TcpStream,
+    early: Vec<u8>,
+    last: impl FnOnce(ExecDone) -> Vec<Frame>,
+) -> Ended {
     let (child, pipes, started) = match start(guest, job, exec) {
         Ok(running) => running,
         Err(failed) => return Ended::Failed(failed),
@@ -102,7 +129,7 @@ fn run_in(guest: &Guest, job: Option<&Job>, exec: &Exec, socket: &TcpStream, ear
         stderr_truncated: pump.truncated(Kind::Stderr),
         duration_us: u64::try_from(ended_at.duration_since(started).as_micros()).unwrap_or(u64::MAX),
     };
-    pump.finish(&done)
+    pump.finish(&last(done))
 }
 
 fn start(guest: &Guest, job: Option<&Job>, exec: &Exec) -> Result<(Child, Pipes, Instant), Failure> {

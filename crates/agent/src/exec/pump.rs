@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use nix::unistd::{read, write};
-use tiffin_protocol::{Exec, ExecDone, Kind};
+use tiffin_protocol::{Exec, Kind};
 
 use super::stdin::Decoder;
-use super::{Ended, Pipes};
+use super::{Ended, Frame, Pipes};
 use crate::reaper::Child;
 use crate::wire::{CHUNK, poll_timeout, push_frame};
 
@@ -127,10 +127,11 @@ impl<'a> Pump<'a> {
         if kind == Kind::Stdout { self.stdout.truncated } else { self.stderr.truncated }
     }
 
-    /// Sends what waits, and `done` as the last frame.
-    pub fn finish(mut self, done: &ExecDone) -> Ended {
-        let Ok(payload) = serde_json::to_vec(done) else { return Ended::HostGone };
-        push_frame(&mut self.outbox, Kind::Done, &payload);
+    /// Sends what waits, and `last` behind it.
+    pub fn finish(mut self, last: &[Frame]) -> Ended {
+        for (kind, payload) in last {
+            push_frame(&mut self.outbox, *kind, payload);
+        }
         while !self.outbox.is_empty() {
             // Each round has its own limit: a slow host is served as long as it takes something.
             let before = self.outbox.len();
