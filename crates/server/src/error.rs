@@ -74,6 +74,19 @@ pub(crate) enum AppError {
     /// Too much at once of something that is bounded per VM.
     #[error("{0}")]
     TooMany(String),
+    /// Too often of something that is bounded per caller or address and minute.
+    #[error("too many requests: {what} at most {per_minute} times a minute; try again in {retry_s} s")]
+    RateLimited {
+        /// What is bounded.
+        what: &'static str,
+        /// How often it may be done.
+        per_minute: u32,
+        /// When it may be done again.
+        retry_s: u32,
+    },
+    /// The answer didn't begin in time.
+    #[error("this took longer than the server lets it take; try again later")]
+    TimedOut,
     /// Not now.
     #[error("{message}")]
     Unavailable {
@@ -205,6 +218,8 @@ fn retry_after(error: &AppError) -> Option<u32> {
         AppError::Unavailable { .. } | AppError::Store(_) => Some(5),
         AppError::OverQuota(_) => Some(30),
         AppError::TooMany(_) => Some(1),
+        AppError::RateLimited { retry_s, .. } => Some(*retry_s),
+        AppError::TimedOut => Some(5),
         _ => None,
     }
 }
@@ -230,6 +245,10 @@ fn describe(error: &AppError) -> (StatusCode, &str, Value) {
             json!({ "what": over.what, "limit": over.limit, "used": over.used, "asked": over.asked }),
         ),
         AppError::TooMany(_) => (StatusCode::TOO_MANY_REQUESTS, "too_many", Value::Null),
+        AppError::RateLimited { per_minute, .. } => {
+            (StatusCode::TOO_MANY_REQUESTS, "rate_limited", json!({ "perMinute": per_minute }))
+        }
+        AppError::TimedOut => (StatusCode::SERVICE_UNAVAILABLE, "timed_out", Value::Null),
         AppError::Unavailable { code, .. } => (StatusCode::SERVICE_UNAVAILABLE, code, Value::Null),
         AppError::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", Value::Null),
         AppError::Boot(report) if report.reason == EndReason::Oom => {

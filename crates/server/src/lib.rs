@@ -16,6 +16,7 @@ pub mod config;
 mod error;
 pub mod fault;
 mod metrics;
+mod patient;
 mod reconcile;
 mod serve;
 

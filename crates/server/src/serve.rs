@@ -1,12 +1,12 @@
 //! The server's life: adopt, listen, answer, shut down.
 //!
 //! Invariants: nothing is answered before what an earlier server left is adopted; connections are bounded, and so is the
-//! time that a client may take for a request's head; a shutdown leaves every VM running.
+//! time that a client may take for a request's head and to take its answer; a shutdown leaves every VM running.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use axum::{Router, routing::RouterIntoService};
-use hyper::{body::Incoming, server::conn::http1};
+use hyper::{Request, body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
@@ -25,7 +25,9 @@ use crate::{
     app::App,
     config::Config,
     error::{AppError, chain},
-    fault, metrics, reconcile,
+    fault, metrics,
+    patient::Patient,
+    reconcile,
 };
 
 /// How long to leave a listener alone that can't accept (out of file descriptors).
@@ -76,8 +78,8 @@ async fn accept_until_shutdown(app: &Arc<App>, listener: TcpListener) {
     let connections = TaskTracker::new();
     // Cancelled when the grace is over: cuts the connections that are left.
     let cut = CancellationToken::new();
-    while let Some((stream, place)) = next_connection(app, &listener, &places).await {
-        let connection = connection(app, stream, router.clone());
+    while let Some((stream, peer, place)) = next_connection(app, &listener, &places).await {
+        let connection = connection(app, stream, peer, router.clone());
         let watched = graceful.watch(connection);
         let cut = cut.clone();
         connections.spawn(async move {
@@ -104,12 +106,12 @@ async fn next_connection(
     app: &App,
     listener: &TcpListener,
     places: &Arc<Semaphore>,
-) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+) -> Option<(TcpStream, IpAddr, OwnedSemaphorePermit)> {
     let next = async {
         let place = Arc::clone(places).acquire_owned().await.ok()?;
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => return Some((stream, place)),
+                Ok((stream, peer)) => return Some((stream, peer.ip().to_canonical(), place)),
                 Err(error) => {
                     tracing::warn!(error = chain(&error), "can't accept a connection now");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -120,14 +122,36 @@ async fn next_connection(
     app.shutdown.run_until_cancelled(next).await.flatten()
 }
 
-type Service = TowerToHyperService<RouterIntoService<Incoming>>;
+/// The router, told of each request where it comes from.
+struct WithPeer {
+    peer: IpAddr,
+    router: TowerToHyperService<RouterIntoService<Incoming>>,
+}
 
-fn connection(app: &App, stream: TcpStream, router: Router) -> http1::Connection<TokioIo<TcpStream>, Service> {
+impl hyper::service::Service<Request<Incoming>> for WithPeer {
+    type Response = axum::response::Response;
+    type Error = std::convert::Infallible;
+    type Future =
+        <TowerToHyperService<RouterIntoService<Incoming>> as hyper::service::Service<Request<Incoming>>>::Future;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(api::Peer(self.peer));
+        self.router.call(request)
+    }
+}
+
+fn connection(
+    app: &App,
+    stream: TcpStream,
+    peer: IpAddr,
+    router: Router,
+) -> http1::Connection<TokioIo<Patient<TcpStream>>, WithPeer> {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(error = chain(&error), "TCP_NODELAY");
     }
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(app.config.http.header_timeout)
-        .serve_connection(TokioIo::new(stream), Service::new(router.into_service()))
+    let stream = Patient::new(stream, app.config.http.write_timeout);
+    http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(app.config.http.header_timeout).serve_connection(
+        TokioIo::new(stream),
+        WithPeer { peer, router: TowerToHyperService::new(router.into_service()) },
+    )
 }

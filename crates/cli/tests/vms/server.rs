@@ -102,6 +102,9 @@ impl Site {
         for (setting, variable) in [("runsc", "TIFFIN_RUNSC"), ("agent", "TIFFIN_AGENT")] {
             command.args(["--set", &format!("{setting}={}", required(variable).display())]);
         }
+        for rate in ["vm_create", "exec", "run", "upload", "download"] {
+            command.args(["--set", &format!("rate.{rate}_per_min=0")]);
+        }
         for setting in &self.settings {
             command.args(["--set", setting]);
         }

@@ -63,6 +63,11 @@ impl Fake {
         self.lock().panic_on_denied = true;
     }
 
+    /// Asking for refused connections is never answered from now on.
+    pub fn hang_on_denied(&self) {
+        self.lock().hang_on_denied = true;
+    }
+
     /// Ends the VM's run as if by itself. Nothing when it isn't up.
     pub fn kill(&self, id: &VmId, report: EndReport) {
         let mut state = self.lock();

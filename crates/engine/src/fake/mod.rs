@@ -54,6 +54,7 @@ struct State {
     capacity: Option<usize>,
     denied: Denied,
     panic_on_denied: bool,
+    hang_on_denied: bool,
     overlaps: usize,
     commands: usize,
 }
@@ -353,6 +354,9 @@ impl Engine for Fake {
     }
 
     async fn denied(&self, id: &VmId) -> Result<Denied, EngineError> {
+        if self.lock().hang_on_denied {
+            std::future::pending::<()>().await;
+        }
         let state = self.lock();
         state.vms.get(id).ok_or(EngineError::Absent)?;
         assert!(!state.panic_on_denied, "a scripted panic");

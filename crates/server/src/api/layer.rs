@@ -53,13 +53,15 @@ pub(crate) async fn every_request(mut request: Request, next: Next) -> Response 
     response
 }
 
-/// Writes the body of an error that a handler or an extractor returned, keeping headers such as `Allow`.
+/// Writes the body of an error that a handler or an extractor returned, keeping headers such as `Allow` and `RateLimit-Limit`.
 fn with_error_body(response: Response, id: &str) -> Response {
     let Some(Failed(error)) = response.extensions().get::<Failed>().cloned() else { return response };
     log_cause(&error, id);
     let mut answer = to_http(&error, id);
-    if let Some(allow) = response.headers().get(header::ALLOW) {
-        answer.headers_mut().insert(header::ALLOW, allow.clone());
+    for (name, value) in response.headers() {
+        if *name != header::CONTENT_LENGTH && *name != header::CONTENT_TYPE {
+            answer.headers_mut().append(name, value.clone());
+        }
     }
     answer
 }

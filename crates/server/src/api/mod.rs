@@ -5,6 +5,7 @@ mod api_keys;
 mod body;
 mod docs;
 mod exec;
+mod gate;
 mod health;
 mod images;
 mod layer;
@@ -15,4 +16,5 @@ mod vm_logs;
 mod vms;
 
 pub use openapi::document as openapi_document;
+pub(crate) use request::Peer;
 pub(crate) use router::router;

@@ -1,6 +1,6 @@
 //! What handlers take from a request beside its body: the caller, ids in the path, the query.
 
-use std::{collections::BTreeMap, str::FromStr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, str::FromStr, sync::Arc};
 
 use axum::{
     extract::{FromRequestParts, Path, Query},
@@ -19,12 +19,21 @@ use crate::{
 /// The header with the API key.
 pub(crate) const KEY_HEADER: &str = "x-api-key";
 
+/// Where a connection comes from: the other end of the socket, which behind a proxy is the proxy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer(pub(crate) IpAddr);
+
 impl FromRequestParts<Arc<App>> for Caller {
     type Rejection = AppError;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, AppError> {
+        if let Some(caller) = parts.extensions.get::<Caller>() {
+            // The gate has looked already.
+            return Ok(caller.clone());
+        }
         let key = parts.headers.get(KEY_HEADER).map(|value| value.to_str().unwrap_or(""));
-        authenticate(&app.store, key).await
+        let peer = parts.extensions.get::<Peer>().map(|Peer(address)| *address);
+        authenticate(app, key, peer).await
     }
 }
 

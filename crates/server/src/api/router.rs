@@ -7,7 +7,7 @@ use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-use super::{accounts, api_keys, docs, exec, health, images, layer, openapi, vm_logs, vms};
+use super::{accounts, api_keys, docs, exec, gate, health, images, layer, openapi, vm_logs, vms};
 use crate::{app::App, error::AppError};
 
 /// Every operation of the API.
@@ -36,6 +36,7 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
 /// All that the server answers.
 pub(crate) fn router(app: Arc<App>) -> Router {
     let (router, document) = operations().split_for_parts();
+    let gate = Arc::new(gate::Gate::new(Arc::clone(&app), &document));
     router
         .route("/docs", get(docs::docs_redirect))
         .route("/docs/", get(docs::docs_index))
@@ -43,6 +44,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .merge(SwaggerUi::new("/swagger").url("/openapi.json", document))
         .fallback(|| async { AppError::NoRoute })
         .method_not_allowed_fallback(|| async { AppError::MethodNotAllowed })
+        .layer(middleware::from_fn_with_state(gate, gate::pass))
         .layer(middleware::from_fn(layer::every_request))
         .with_state(app)
 }

@@ -3,6 +3,8 @@
 //! Invariant: a secret is compared in constant time and by its hash only, also where no key has that prefix; whether a
 //! key is expired or revoked is told only to who holds its secret.
 
+use std::net::IpAddr;
+
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tiffin_store::{ApiKey, Store};
@@ -12,6 +14,7 @@ use tiffin_types::{
     time::Timestamp,
 };
 
+use super::App;
 use crate::error::AppError;
 
 /// What every key begins with.
@@ -59,10 +62,18 @@ impl FreshKey {
     }
 }
 
-/// The caller whose key this is.
-pub(crate) async fn authenticate(store: &Store, text: Option<&str>) -> Result<Caller, AppError> {
-    const WRONG: AppError = AppError::Unauthorized("the API key is not valid: check the X-API-Key header");
+/// The caller whose key this is. Wrong keys are counted by the address that they come from, and told to be wrong so
+/// often only; a right key is let in however many wrong ones came from there, as many callers may share an address.
+pub(crate) async fn authenticate(app: &App, text: Option<&str>, peer: Option<IpAddr>) -> Result<Caller, AppError> {
     let text = text.ok_or(AppError::Unauthorized("an API key is needed: send it in the X-API-Key header"))?;
+    match by_key(&app.store, text).await {
+        Err(wrong @ AppError::Unauthorized(_)) => Err(app.rates.wrong_key(peer).err().unwrap_or(wrong)),
+        outcome => outcome,
+    }
+}
+
+async fn by_key(store: &Store, text: &str) -> Result<Caller, AppError> {
+    const WRONG: AppError = AppError::Unauthorized("the API key is not valid: check the X-API-Key header");
     if text.len() > MAX_KEY_BYTES {
         return Err(WRONG);
     }

@@ -10,6 +10,7 @@ pub(crate) mod exec;
 pub(crate) mod health;
 pub(crate) mod images;
 mod places;
+pub(crate) mod rates;
 pub(crate) mod vms;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex};
@@ -22,6 +23,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{config::Config, error::AppError};
 use places::{Commands, Locks, Places};
+use rates::Rates;
 
 /// What every request and task of the server shares.
 pub(crate) struct App {
@@ -35,6 +37,8 @@ pub(crate) struct App {
     pub(crate) shutdown: CancellationToken,
     /// One change at a time for each VM.
     pub(crate) locks: Locks,
+    /// Bounds how often a caller may do what is costly.
+    pub(crate) rates: Rates,
     /// Bounds how many VMs come up at once.
     places: Places,
     /// Bounds how many commands run at once in each VM.
@@ -53,6 +57,7 @@ impl App {
         shutdown: CancellationToken,
     ) -> Arc<Self> {
         Arc::new(Self {
+            rates: Rates::new(&config.rate),
             places: Places::new(&config.limits),
             commands: Commands::new(config.exec.max_concurrent),
             locks: Locks::default(),

@@ -56,10 +56,11 @@ impl Key {
 }
 
 const PATH: Allowed = Allowed::Words("an absolute path");
+const PER_MINUTE: Allowed = Allowed::Integer(0, 1_000_000);
 const SWITCH: Allowed = Allowed::OneOf(&["true", "false"]);
 
 /// Every setting, in the order of the documentation.
-pub const KEYS: [Key; 30] = [
+pub const KEYS: &[Key] = &[
     Key::new(
         "listen",
         "127.0.0.1:3000",
@@ -100,6 +101,18 @@ pub const KEYS: [Key; 30] = [
         "30000",
         Allowed::Integer(100, 3_600_000),
         "How long a client has to send a request's body.",
+    ),
+    Key::new(
+        "http.write_timeout_ms",
+        "60000",
+        Allowed::Integer(100, 3_600_000),
+        "How long a client may take none of an answer that waits for it; its connection is cut then.",
+    ),
+    Key::new(
+        "http.request_timeout_ms",
+        "30000",
+        Allowed::Integer(100, 3_600_000),
+        "How long reading and administering may take until the answer begins. What brings VMs up or runs in them has limits of its own.",
     ),
     Key::new(
         "http.max_connections",
@@ -146,6 +159,27 @@ pub const KEYS: [Key; 30] = [
         "60000",
         Allowed::Integer(0, 600_000),
         "How long such a request waits before it gets 503.",
+    ),
+    Key::new(
+        "rate.vm_create_per_min",
+        "30",
+        PER_MINUTE,
+        "Creates of VMs (`POST /v1/vms`) that one API key may make a minute; 0 is no limit. So it is for the other rates.",
+    ),
+    Key::new("rate.exec_per_min", "60", PER_MINUTE, "Commands (`exec`) that one API key may start a minute."),
+    Key::new(
+        "rate.run_per_min",
+        "60",
+        PER_MINUTE,
+        "Scripts (`run-ts` and `run-js`, together) that one API key may start a minute.",
+    ),
+    Key::new("rate.upload_per_min", "30", PER_MINUTE, "Uploads of files that one API key may make a minute."),
+    Key::new("rate.download_per_min", "60", PER_MINUTE, "Downloads of files that one API key may make a minute."),
+    Key::new(
+        "rate.auth_failures_per_min",
+        "60",
+        PER_MINUTE,
+        "Wrong API keys that are answered as such to one address a minute; more get 429. A right key is never refused for it.",
     ),
     Key::new("quota.vms", "100", Allowed::Integer(0, 1_000_000), "VMs of a new account."),
     Key::new("quota.cpus", "200", Allowed::Integer(0, 1_000_000), "vCPUs of a new account's running VMs together."),

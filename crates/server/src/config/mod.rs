@@ -49,6 +49,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// What a new account may use when its creator doesn't say.
     pub quota: Quota,
+    /// How often one caller may do what is costly.
+    pub rate: RateConfig,
     /// Networks of VMs.
     pub network: NetworkConfig,
     /// Whether `/metrics` asks for an API key.
@@ -82,6 +84,10 @@ pub struct HttpConfig {
     pub header_timeout: Duration,
     /// How long a client has for a request's body.
     pub body_timeout: Duration,
+    /// How long a client may take nothing of an answer.
+    pub write_timeout: Duration,
+    /// How long an operation that has no limit of its own may take until its answer begins.
+    pub request_timeout: Duration,
     /// Connections open at once; more wait to be accepted.
     pub max_connections: usize,
     /// How long requests in flight may go on after a request to shut down.
@@ -119,6 +125,23 @@ pub struct LimitsConfig {
     pub creates_queued: usize,
     /// How long they wait.
     pub create_wait: Duration,
+}
+
+/// How often one caller, or for wrong keys one address, may do something in a minute; 0 is no limit.
+#[derive(Debug, Clone)]
+pub struct RateConfig {
+    /// Creates of VMs.
+    pub vm_create: u32,
+    /// Commands.
+    pub exec: u32,
+    /// Scripts.
+    pub run: u32,
+    /// Uploads.
+    pub upload: u32,
+    /// Downloads.
+    pub download: u32,
+    /// Wrong API keys.
+    pub auth_failures: u32,
 }
 
 /// Networks of VMs.
@@ -178,6 +201,8 @@ impl Config {
             http: HttpConfig {
                 header_timeout: values.millis("http.header_timeout_ms")?,
                 body_timeout: values.millis("http.body_timeout_ms")?,
+                write_timeout: values.millis("http.write_timeout_ms")?,
+                request_timeout: values.millis("http.request_timeout_ms")?,
                 max_connections: values.count("http.max_connections")?,
                 shutdown_grace: values.millis("http.shutdown_grace_ms")?,
             },
@@ -201,6 +226,14 @@ impl Config {
                 cpus: values.small("quota.cpus")?,
                 mem_mb: values.integer("quota.mem_mb")?,
                 disk_mb: values.integer("quota.disk_mb")?,
+            },
+            rate: RateConfig {
+                vm_create: values.small("rate.vm_create_per_min")?,
+                exec: values.small("rate.exec_per_min")?,
+                run: values.small("rate.run_per_min")?,
+                upload: values.small("rate.upload_per_min")?,
+                download: values.small("rate.download_per_min")?,
+                auth_failures: values.small("rate.auth_failures_per_min")?,
             },
             network: NetworkConfig {
                 uplink: uplink(values)?,

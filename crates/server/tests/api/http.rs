@@ -210,6 +210,28 @@ async fn slow_clients_are_cut_off_and_slow_bodies_get_a_408() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_client_that_takes_nothing_of_its_answer_is_cut_off() -> Result<()> {
+    let server = Server::start_with(&[("http.write_timeout_ms", "300"), ("http.max_connections", "1")]).await?;
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).await?;
+    // More answers than the socket's buffers hold; none is read.
+    let ask = b"GET /swagger/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n".repeat(200);
+    stream.write_all(&ask).await?;
+    // There is one place for a connection: this one is served once the other is cut.
+    server.get("/health").await?.ok(200);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_operation_that_takes_too_long_is_given_up_with_a_503() -> Result<()> {
+    let server = Server::start_with(&[("http.request_timeout_ms", "200")]).await?;
+    let vm = server.vm().await?;
+    server.fake.hang_on_denied();
+    server.get(&format!("{vm}/network")).await?.refused(503, "timed_out");
+    server.get("/v1/vms").await?.ok(200);
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_is_no_http_is_refused_and_hurts_nobody() -> Result<()> {
     let server = Server::start_with(&[("http.header_timeout_ms", "500")]).await?;
     raw(&server, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03").await?;

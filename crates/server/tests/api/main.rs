@@ -8,6 +8,7 @@ mod http;
 mod images;
 mod logs;
 mod openapi;
+mod rates;
 mod reconcile;
 mod vm_create;
 mod vms;
