@@ -3,25 +3,31 @@
 //! Beyond the script table it knows `echo X`, `exit N`, `sleep SECONDS` and `printenv NAME`; any other line is echoed.
 //! Working directories under `/missing` don't exist.
 
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use tiffin_protocol::{
     Command, Exec, ExecDone, Failure, FailureCode, HEADER, Kind, Op, Pong, Request, decode_header, encode,
 };
+use tiffin_types::id::VmId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
 
-use super::Shared;
+use super::{Shared, files, scripts, terminal};
 
 /// Every fake VM's agent token.
 pub const TOKEN: &str = "fake-agent-token";
 
-/// What a command does.
+/// What a command, or a program for a JavaScript runtime, does.
 #[derive(Debug, Clone, Default)]
 pub struct Script {
     /// Pieces of output, in order.
     pub stdout: Vec<Vec<u8>>,
     /// Pieces of error output, in order, after the output.
     pub stderr: Vec<Vec<u8>>,
+    /// The outcome of a program, as its guest writes it: JSON, or what should be.
+    pub result: Vec<u8>,
     /// Exit code.
     pub exit_code: i32,
     /// How long it runs after its output.
@@ -33,10 +39,10 @@ pub struct Script {
 }
 
 /// Counts a command for as long as it runs.
-struct Running<'a>(&'a Shared);
+pub(super) struct Running<'a>(&'a Shared);
 
 impl<'a> Running<'a> {
-    fn new(fake: &'a Shared) -> Self {
+    pub(super) fn new(fake: &'a Shared) -> Self {
         fake.lock().commands += 1;
         Self(fake)
     }
@@ -49,63 +55,89 @@ impl Drop for Running<'_> {
 }
 
 /// Serves one operation; ends when it is answered or when the host hangs up.
-pub(super) async fn serve(fake: &Shared, connection: DuplexStream) {
+pub(super) async fn serve(fake: &Shared, id: &VmId, connection: DuplexStream) {
     let (mut reader, mut writer) = tokio::io::split(connection);
-    let Ok(request) = read_request(&mut reader).await else { return };
-    let answer = async {
-        if request.token != TOKEN {
-            return fail(&mut writer, FailureCode::Unauthorized, "wrong token").await;
-        }
-        match request.op {
-            Op::Ping => send(&mut writer, Kind::Done, &json(&pong())).await,
-            Op::Shutdown(_) => send(&mut writer, Kind::Done, b"{}").await,
-            Op::Script(_) | Op::Files(_) | Op::Renew(_) => {
-                fail(&mut writer, FailureCode::Internal, "not in this fake yet").await
-            }
-            Op::Exec(exec) => {
+    // A host that is gone hears no answer.
+    let _ = answer(fake, id, &mut reader, &mut writer).await;
+}
+
+async fn answer(
+    fake: &Shared,
+    id: &VmId,
+    reader: &mut ReadHalf<DuplexStream>,
+    writer: &mut WriteHalf<DuplexStream>,
+) -> io::Result<()> {
+    let (_, request) = read_frame(reader).await?;
+    let request: Request = serde_json::from_slice(&request)?;
+    if request.token != TOKEN {
+        return fail(writer, FailureCode::Unauthorized, "wrong token").await;
+    }
+    match request.op {
+        Op::Ping => send(writer, Kind::Done, &json(&pong())).await,
+        Op::Shutdown(_) => send(writer, Kind::Done, b"{}").await,
+        Op::Renew(_) => fail(writer, FailureCode::Internal, "not in this fake yet").await,
+        Op::Files(request) => files::serve(fake, id, request, reader, writer).await,
+        Op::Script(request) => scripts::serve(fake, request, reader, writer).await,
+        Op::Exec(exec) => match exec.terminal {
+            Some(size) => terminal::serve(fake, &exec, size, reader, writer).await,
+            None => {
                 let _running = Running::new(fake);
-                run(fake, &exec, &mut writer).await
+                tokio::select! {
+                    ran = run(fake, &exec, writer) => ran,
+                    () = hung_up(reader) => Ok(()),
+                }
             }
-        }
-    };
-    tokio::select! {
-        _ = answer => {}
-        () = hung_up(&mut reader) => {}
+        },
     }
 }
 
-async fn read_request(reader: &mut ReadHalf<DuplexStream>) -> std::io::Result<Request> {
+/// The next frame from the host.
+pub(super) async fn read_frame(reader: &mut ReadHalf<DuplexStream>) -> io::Result<(Kind, Vec<u8>)> {
     let mut header = [0; HEADER];
     reader.read_exact(&mut header).await?;
-    let mut bytes = vec![0; decode_header(header).map_err(std::io::Error::other)?];
+    let mut bytes = vec![0; decode_header(header).map_err(io::Error::other)?];
     reader.read_exact(&mut bytes).await?;
-    Ok(serde_json::from_slice(&bytes[1..])?)
+    let kind = Kind::from_byte(bytes.remove(0)).map_err(io::Error::other)?;
+    Ok((kind, bytes))
 }
 
-async fn hung_up(reader: &mut ReadHalf<DuplexStream>) {
+/// Returns when the host has hung up; what it still sends is dropped.
+pub(super) async fn hung_up(reader: &mut ReadHalf<DuplexStream>) {
     let mut buffer = [0; 1024];
     while !matches!(reader.read(&mut buffer).await, Ok(0) | Err(_)) {}
 }
 
-async fn run(fake: &Shared, exec: &Exec, writer: &mut WriteHalf<DuplexStream>) -> std::io::Result<()> {
-    let began = Instant::now();
+async fn run(fake: &Shared, exec: &Exec, writer: &mut WriteHalf<DuplexStream>) -> io::Result<()> {
     if exec.cwd.starts_with("/missing") {
         return fail(writer, FailureCode::BadCwd, "no such directory").await;
     }
     let script = script_for(fake, exec);
+    play(&script, (exec.stdout_cap, exec.stderr_cap, exec.timeout_ms), writer).await
+}
+
+/// Does what the script says, within the caps of stdout and stderr and the time limit.
+pub(super) async fn play(
+    script: &Script,
+    (stdout_cap, stderr_cap, timeout_ms): (u64, u64, u64),
+    writer: &mut WriteHalf<DuplexStream>,
+) -> io::Result<()> {
+    let began = Instant::now();
     if script.silent {
         std::future::pending::<()>().await;
     }
     if script.hang_up {
         return Ok(());
     }
-    let stdout_truncated = write_capped(writer, Kind::Stdout, &script.stdout, exec.stdout_cap).await?;
-    let stderr_truncated = write_capped(writer, Kind::Stderr, &script.stderr, exec.stderr_cap).await?;
-    let limit = Duration::from_millis(exec.timeout_ms);
+    let stdout_truncated = write_capped(writer, Kind::Stdout, &script.stdout, stdout_cap).await?;
+    let stderr_truncated = write_capped(writer, Kind::Stderr, &script.stderr, stderr_cap).await?;
+    let limit = Duration::from_millis(timeout_ms);
     let timed_out = script.delay >= limit;
     let delay = script.delay.min(limit);
     if !delay.is_zero() {
         tokio::time::sleep(delay).await;
+    }
+    for chunk in script.result.chunks(32 * 1024) {
+        send(writer, Kind::Result, chunk).await?;
     }
     let done = ExecDone {
         exit_code: if timed_out { -1 } else { script.exit_code },
@@ -147,7 +179,7 @@ async fn write_capped(
     kind: Kind,
     pieces: &[Vec<u8>],
     cap: u64,
-) -> std::io::Result<bool> {
+) -> io::Result<bool> {
     let mut left = usize::try_from(cap).unwrap_or(usize::MAX);
     for piece in pieces {
         let fits = piece.len().min(left);
@@ -162,15 +194,18 @@ async fn write_capped(
     Ok(false)
 }
 
-async fn fail(writer: &mut WriteHalf<DuplexStream>, code: FailureCode, message: &str) -> std::io::Result<()> {
+/// Ends the operation with a failure.
+pub(super) async fn fail(writer: &mut WriteHalf<DuplexStream>, code: FailureCode, message: &str) -> io::Result<()> {
     send(writer, Kind::Failed, &json(&Failure { code, message: message.into() })).await
 }
 
-async fn send(writer: &mut WriteHalf<DuplexStream>, kind: Kind, payload: &[u8]) -> std::io::Result<()> {
+/// Sends one frame.
+pub(super) async fn send(writer: &mut WriteHalf<DuplexStream>, kind: Kind, payload: &[u8]) -> io::Result<()> {
     writer.write_all(&encode(kind, payload)).await
 }
 
-fn json(value: &impl serde::Serialize) -> Vec<u8> {
+/// A value as a payload.
+pub(super) fn json(value: &impl serde::Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("strings and numbers are JSON")
 }
 

@@ -7,7 +7,7 @@ use tiffin_types::{
     vm::{EndReport, VmSpec},
 };
 
-use super::{Fake, Script};
+use super::{Fake, FilesEnd, Script};
 use crate::{Denied, Ended};
 
 /// A call of the engine that can be made to fail.
@@ -51,6 +51,26 @@ impl Fake {
     /// What a command line does in every guest.
     pub fn script(&self, line: &str, script: Script) {
         self.lock().scripts.insert(line.to_owned(), script);
+    }
+
+    /// The last request to run a program in a JavaScript runtime.
+    pub fn last_script(&self) -> Option<tiffin_protocol::Script> {
+        self.lock().last_script.clone()
+    }
+
+    /// What operations on the files of that path come to, in every guest.
+    pub fn files_end(&self, path: &str, end: FilesEnd) {
+        self.lock().files_ends.insert(path.to_owned(), end);
+    }
+
+    /// A file of a VM.
+    pub fn file(&self, id: &VmId, path: &str) -> Option<Vec<u8>> {
+        self.lock().files.get(id)?.get(path)
+    }
+
+    /// The paths of all files and folders of a VM, `/workspace` aside.
+    pub fn paths(&self, id: &VmId) -> Vec<String> {
+        self.lock().files.get(id).map(|files| files.paths()).unwrap_or_default()
     }
 
     /// What [`crate::Engine::denied`] says of every VM.

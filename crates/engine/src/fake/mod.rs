@@ -4,8 +4,11 @@
 //! ([`Fake::overlaps`]). A `Fake` outlives the server that uses it, so a test can drop the server, start another over
 //! the same `Fake` and see it adopt. It deliberately has no conveniences that a real engine lacks.
 
+mod files;
 mod guest;
 mod knobs;
+mod scripts;
+mod terminal;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -25,6 +28,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Saved, Started, Target,
 };
+pub use files::FilesEnd;
 pub use guest::{Script, TOKEN};
 pub use knobs::Call;
 
@@ -47,6 +51,10 @@ struct State {
     vms: BTreeMap<VmId, FakeVm>,
     ends: VecDeque<Ended>,
     scripts: HashMap<String, Script>,
+    /// What the last script's request was.
+    last_script: Option<tiffin_protocol::Script>,
+    files: HashMap<VmId, files::Store>,
+    files_ends: HashMap<String, FilesEnd>,
     unknown: BTreeSet<VmId>,
     failing: Vec<Call>,
     failing_starts: VecDeque<EndReport>,
@@ -275,6 +283,7 @@ impl Engine for Fake {
     async fn destroy(&self, id: &VmId) -> Result<(), EngineError> {
         let mut state = self.lock();
         state.fails(Call::Destroy)?;
+        state.files.remove(id);
         if let Some(vm) = state.vms.remove(id) {
             vm.run.cancel();
         }
@@ -316,7 +325,8 @@ impl Engine for Fake {
             Target::Agent => {
                 let (host, guest) = tokio::io::duplex(64 * 1024);
                 let shared = Arc::clone(&self.shared);
-                self.tasks.spawn(async move { run.run_until_cancelled(guest::serve(&shared, guest)).await });
+                let id = id.clone();
+                self.tasks.spawn(async move { run.run_until_cancelled(guest::serve(&shared, &id, guest)).await });
                 Ok(Box::pin(host))
             }
         }
