@@ -71,6 +71,12 @@ pub fn session(root: i32) -> Vec<i32> {
     processes.iter().map(|process| process.pid).filter(|pid| found.contains(pid)).collect()
 }
 
+/// Processes of the session that `root` leads, and no others.
+pub fn members(root: i32) -> Vec<i32> {
+    let processes = all().into_iter().filter_map(Process::read);
+    processes.filter(|process| process.session == root && !process.ended).map(|process| process.pid).collect()
+}
+
 #[derive(Debug, PartialEq, Eq)]
 struct Process {
     pid: i32,

@@ -55,17 +55,22 @@ impl Account {
     }
 }
 
-/// The base for `account` in a guest whose best shell is `shell`, overridden by `own`, as `NAME=value`.
+/// The base for `account` in a guest whose best shell is `shell`, with a terminal or without, overridden by `own`, as `NAME=value`.
 ///
 /// # Errors
 /// `BadRequest` for a name that is empty or has `=`, and for a NUL.
-pub fn merged(account: &Account, shell: &str, own: &BTreeMap<String, String>) -> Result<Vec<CString>, Failure> {
+pub fn merged(
+    account: &Account,
+    shell: &str,
+    terminal: bool,
+    own: &BTreeMap<String, String>,
+) -> Result<Vec<CString>, Failure> {
     let mut merged = BTreeMap::from([
         ("PATH", PATH),
         ("HOME", &account.home),
         ("USER", &account.name),
         ("LOGNAME", &account.name),
-        ("TERM", "dumb"),
+        ("TERM", if terminal { super::terminal::TERM } else { "dumb" }),
         ("SHELL", shell),
     ]);
     // UTF-8 by the one category that knows of it: LANG would have each program load a dozen files that say nothing new.
@@ -103,7 +108,7 @@ mod tests {
     #[test]
     fn own_variables_override_the_base() {
         let own = BTreeMap::from([("HOME".to_owned(), "/x".to_owned()), ("A".to_owned(), String::new())]);
-        let merged = merged(&Account::find(PASSWD, 0), "/bin/sh", &own).unwrap();
+        let merged = merged(&Account::find(PASSWD, 0), "/bin/sh", false, &own).unwrap();
         assert!(merged.contains(&c"HOME=/x".to_owned()) && merged.contains(&c"A=".to_owned()));
         assert!(merged.contains(&c"USER=root".to_owned()));
         assert!(merged.contains(&c"LC_CTYPE=C.UTF-8".to_owned()));
@@ -111,9 +116,18 @@ mod tests {
     }
 
     #[test]
+    fn a_terminal_has_a_type_unless_the_request_names_another() {
+        let account = Account::find(PASSWD, 0);
+        let terminal = |own: &BTreeMap<String, String>| merged(&account, "/bin/sh", true, own).unwrap();
+        assert!(terminal(&BTreeMap::new()).contains(&c"TERM=xterm-256color".to_owned()));
+        let own = BTreeMap::from([("TERM".to_owned(), "vt100".to_owned())]);
+        assert!(terminal(&own).contains(&c"TERM=vt100".to_owned()));
+    }
+
+    #[test]
     fn a_language_of_ones_own_is_not_overridden() {
         let own = BTreeMap::from([("LANG".to_owned(), "de_DE.UTF-8".to_owned())]);
-        let merged = merged(&Account::find(PASSWD, 0), "/bin/sh", &own).unwrap();
+        let merged = merged(&Account::find(PASSWD, 0), "/bin/sh", false, &own).unwrap();
         assert!(!merged.iter().any(|entry| entry.as_bytes().starts_with(b"LC_CTYPE=")));
     }
 
@@ -121,7 +135,7 @@ mod tests {
     fn broken_names_and_values_are_refused() {
         for (name, value) in [("", "x"), ("A=B", "x"), ("A", "\0"), ("\0", "")] {
             let own = BTreeMap::from([(name.to_owned(), value.to_owned())]);
-            let refused = merged(&Account::find(PASSWD, 0), "/bin/sh", &own).unwrap_err();
+            let refused = merged(&Account::find(PASSWD, 0), "/bin/sh", false, &own).unwrap_err();
             assert_eq!(refused.code, FailureCode::BadRequest, "{name:?}");
         }
     }
@@ -129,7 +143,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_passwd_gives_an_account_that_fits_an_environment(passwd in proptest::collection::vec(any::<u8>(), 0..400), uid in 0u32..3) {
-            prop_assert!(merged(&Account::find(&passwd, uid), "/bin/sh", &BTreeMap::new()).is_ok());
+            prop_assert!(merged(&Account::find(&passwd, uid), "/bin/sh", false, &BTreeMap::new()).is_ok());
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Running one command: what to start ([`program`], [`environment`]), starting it ([`spawn`]), carrying its streams
-//! until it ends ([`pump`]), and ending whatever it started when the host or the clock says so.
+//! until it ends ([`streams`], [`terminal`], [`pump`]), and ending whatever it started when the host or the clock says so.
 //!
 //! ```text
 //! prepare -> take a job -> spawn -> pump --exit--------------------------> Done
@@ -14,14 +14,13 @@ pub mod program;
 pub mod pump;
 pub mod spawn;
 pub mod stdin;
+pub mod streams;
+pub mod terminal;
 
 use std::net::TcpStream;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::pipe2;
 use tiffin_protocol::{Exec, ExecDone, Failure, FailureCode, Kind};
 
 use crate::jobs::{Job, Jobs};
@@ -29,6 +28,8 @@ use crate::reaper::{Child, Reaper};
 use crate::request::failure;
 use pump::{Pump, Stop};
 use spawn::{Plan, SpawnError};
+use stdin::Violation;
+use streams::AgentEnds;
 
 /// How long the processes that are ended may take to vanish.
 const KILL_LIMIT: Duration = Duration::from_secs(3);
@@ -64,13 +65,6 @@ pub enum Ended {
     HostGone,
 }
 
-/// The agent's ends of a command's pipes.
-struct Pipes {
-    stdin: Option<OwnedFd>,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
-}
-
 /// Runs `exec` to its end. `early` are bytes that the host sent right behind the request.
 pub fn run(guest: &Guest, exec: &Exec, socket: &TcpStream, early: Vec<u8>) -> Ended {
     run_then(guest, exec, socket, early, |done| vec![frame(Kind::Done, &done)])
@@ -104,11 +98,11 @@ fn run_in(
     early: Vec<u8>,
     last: impl FnOnce(ExecDone) -> Vec<Frame>,
 ) -> Ended {
-    let (child, pipes, started) = match start(guest, job, exec) {
+    let (child, streams, started) = match start(guest, job, exec) {
         Ok(running) => running,
         Err(failed) => return Ended::Failed(failed),
     };
-    let mut pump = Pump::new(socket, &child, pipes, exec, early);
+    let mut pump = Pump::new(socket, &child, streams, exec, early);
     let stop = pump.run(Some(started + Duration::from_millis(exec.timeout_ms).min(MAX_TIMEOUT)));
     let timed_out = stop == Stop::TimeLimit;
     if stop != Stop::Exited {
@@ -116,7 +110,7 @@ fn run_in(
     }
     match stop {
         Stop::HostGone => return Ended::HostGone,
-        Stop::Broken => return Ended::Failed(failure(FailureCode::BadRequest, "standard input broke the protocol")),
+        Stop::Broken(violation) => return Ended::Failed(broken(violation)),
         Stop::TimeLimit if pump.run(Some(Instant::now() + KILL_LIMIT)) == Stop::HostGone => return Ended::HostGone,
         Stop::TimeLimit | Stop::Exited => {}
     }
@@ -132,19 +126,23 @@ fn run_in(
     pump.finish(&last(done))
 }
 
-fn start(guest: &Guest, job: Option<&Job>, exec: &Exec) -> Result<(Child, Pipes, Instant), Failure> {
+fn start(guest: &Guest, job: Option<&Job>, exec: &Exec) -> Result<(Child, AgentEnds, Instant), Failure> {
+    if exec.terminal.is_some() && !exec.stdin {
+        return Err(failure(
+            FailureCode::BadRequest,
+            "a command with a terminal has standard input, so stdin must be true",
+        ));
+    }
     let account = environment::Account::of(exec.uid);
     let shell = program::shell();
     let program = program::Program::of(&exec.command, shell)?;
-    let env = environment::merged(&account, shell, &exec.env)?;
+    let env = environment::merged(&account, shell, exec.terminal.is_some(), &exec.env)?;
     let path = exec.env.get("PATH").map_or(environment::PATH, String::as_str);
-    let (stdout, child_stdout) = pipe()?;
-    let (stderr, child_stderr) = pipe()?;
-    let (child_stdin, stdin) =
-        if exec.stdin { pipe().map(|(read, write)| (Some(read), Some(write)))? } else { (None, None) };
-    if let Some(stdin) = &stdin {
-        fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| internal(errno.desc()))?;
+    let (ends, child_ends) = match exec.terminal {
+        Some(size) => streams::terminal(terminal::check(size)?, exec.uid, exec.gid),
+        None => streams::pipes(exec.stdin),
     }
+    .map_err(|errno| no_room(errno.desc()))?;
     let plan = Plan {
         candidates: program.candidates(path)?,
         arguments: program.arguments,
@@ -152,19 +150,13 @@ fn start(guest: &Guest, job: Option<&Job>, exec: &Exec) -> Result<(Child, Pipes,
         cwd: program::c_string(&exec.cwd, "cwd")?,
         uid: exec.uid,
         gid: exec.gid,
-        stdin: child_stdin.as_ref(),
-        stdout: &child_stdout,
-        stderr: &child_stderr,
+        streams: &child_ends,
         groups: guest.jobs.entries(job),
     };
     let child = guest.reaper.expect().map_err(|error| no_room(&error.to_string()))?;
     let started = Instant::now();
     spawn::spawn(&plan, &child).map_err(|error| refused(&error, exec))?;
-    Ok((child, Pipes { stdin, stdout, stderr }, started))
-}
-
-fn pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
-    pipe2(OFlag::O_CLOEXEC).map_err(|errno| no_room(errno.desc()))
+    Ok((child, ends, started))
 }
 
 /// Ends everything that the command started: its job, or what its session and descent show.
@@ -189,6 +181,10 @@ fn refused(error: &SpawnError, exec: &Exec) -> Failure {
         }
         SpawnError::Setup(errno) => internal(errno.desc()),
     }
+}
+
+fn broken(violation: Violation) -> Failure {
+    failure(FailureCode::BadRequest, &format!("standard input broke the protocol: {violation}"))
 }
 
 fn no_room(why: &str) -> Failure {

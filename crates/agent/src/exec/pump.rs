@@ -1,4 +1,4 @@
-//! Carries a command's streams between its pipes and the host until it ends.
+//! Carries a command's streams between its pipes, or its terminal, and the host until it ends.
 //!
 //! Invariants
 //! * Nothing is buffered without a bound: the child's output is only read while less than `OUTBOX` waits for the host,
@@ -15,8 +15,9 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use nix::unistd::{read, write};
 use tiffin_protocol::{Exec, Kind};
 
-use super::stdin::Decoder;
-use super::{Ended, Frame, Pipes};
+use super::stdin::{Decoder, Violation};
+use super::streams::AgentEnds;
+use super::{Ended, Frame, terminal};
 use crate::reaper::Child;
 use crate::wire::{CHUNK, poll_timeout, push_frame};
 
@@ -42,7 +43,7 @@ pub enum Stop {
     /// The host closed the connection, or takes nothing any more.
     HostGone,
     /// The host broke the protocol.
-    Broken,
+    Broken(Violation),
 }
 
 /// A command's streams.
@@ -51,6 +52,8 @@ pub struct Pump<'a> {
     child: &'a Child,
     stdin: Option<OwnedFd>,
     decoder: Decoder,
+    /// The terminal, to be resized.
+    terminal: Option<OwnedFd>,
     inbox: Vec<u8>,
     stdout: Output,
     stderr: Output,
@@ -61,7 +64,7 @@ pub struct Pump<'a> {
     stop: Option<Stop>,
 }
 
-/// One of the child's output pipes.
+/// One of the child's outputs.
 struct Output {
     kind: Kind,
     /// None at its end.
@@ -75,15 +78,16 @@ struct Output {
 
 impl<'a> Pump<'a> {
     /// For the streams of `child`; `early` are bytes that came behind the request.
-    pub(super) fn new(socket: &'a TcpStream, child: &'a Child, pipes: Pipes, exec: &Exec, early: Vec<u8>) -> Self {
+    pub(super) fn new(socket: &'a TcpStream, child: &'a Child, ends: AgentEnds, exec: &Exec, early: Vec<u8>) -> Self {
         let mut pump = Pump {
             socket,
             child,
-            stdin: pipes.stdin,
-            decoder: Decoder::default(),
+            stdin: ends.stdin,
+            decoder: Decoder::new(ends.terminal.is_some()),
+            terminal: ends.terminal,
             inbox: Vec::new(),
-            stdout: Output::new(Kind::Stdout, pipes.stdout, exec.stdout_cap),
-            stderr: Output::new(Kind::Stderr, pipes.stderr, exec.stderr_cap),
+            stdout: Output::new(Kind::Stdout, Some(ends.stdout), exec.stdout_cap),
+            stderr: Output::new(Kind::Stderr, ends.stderr, exec.stderr_cap),
             outbox: Vec::new(),
             chunk: vec![0; CHUNK],
             taken: Instant::now(),
@@ -200,8 +204,17 @@ impl<'a> Pump<'a> {
     }
 
     fn take_input(&mut self, bytes: &[u8]) {
-        if self.decoder.push(bytes, &mut self.inbox).is_err() {
-            self.stop = Some(Stop::Broken);
+        let ended_before = self.decoder.ended();
+        if let Err(violation) = self.decoder.push(bytes, &mut self.inbox) {
+            self.stop = Some(Stop::Broken(violation));
+        }
+        if let Some(master) = &self.terminal {
+            if let Some(size) = self.decoder.new_size() {
+                terminal::resize(master, size, self.child);
+            }
+            if self.decoder.ended() && !ended_before {
+                self.inbox.push(terminal::END_OF_INPUT);
+            }
         }
         if self.stdin.is_none() {
             // The command has closed its input, or has none: the rest is for nobody.
@@ -215,8 +228,8 @@ impl<'a> Pump<'a> {
         let Some(pipe) = &self.stdin else { return };
         while !self.inbox.is_empty() {
             match write(pipe, &self.inbox) {
+                Ok(0) | Err(Errno::EAGAIN) => return,
                 Ok(count) => drop(self.inbox.drain(..count)),
-                Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR) => {}
                 Err(_) => {
                     // It closed its input; that is its right.
@@ -251,8 +264,8 @@ impl<'a> Pump<'a> {
 }
 
 impl Output {
-    fn new(kind: Kind, pipe: OwnedFd, cap: u64) -> Self {
-        Output { kind, pipe: Some(pipe), cap, truncated: false, last: None }
+    fn new(kind: Kind, pipe: Option<OwnedFd>, cap: u64) -> Self {
+        Output { kind, pipe, cap, truncated: false, last: None }
     }
 
     /// From now on, only what is in the pipe already is read.

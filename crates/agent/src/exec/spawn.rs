@@ -8,12 +8,13 @@
 //! What all commands share (limits, umask, processors, no supplementary groups) the agent has set for itself at boot.
 
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::errno::Errno;
 
+use super::streams::ChildEnds;
 use crate::reaper::Child;
 
 /// The child's stack, in bytes. It calls a handful of thin wrappers only.
@@ -34,12 +35,8 @@ pub struct Plan<'a> {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Standard input; none is the agent's own, which is empty.
-    pub stdin: Option<&'a OwnedFd>,
-    /// Standard output.
-    pub stdout: &'a OwnedFd,
-    /// Standard error.
-    pub stderr: &'a OwnedFd,
+    /// Its streams.
+    pub streams: &'a ChildEnds,
     /// Where to write `0` to enter the command's groups.
     pub groups: [Option<RawFd>; 2],
 }
@@ -75,6 +72,7 @@ struct Orders {
     uid: u32,
     gid: u32,
     stdio: [Option<RawFd>; 3],
+    terminal: bool,
     groups: [Option<RawFd>; 2],
     failed_at: AtomicI32,
     errno: AtomicI32,
@@ -92,7 +90,8 @@ pub fn spawn(plan: &Plan<'_>, child: &Child) -> Result<(), SpawnError> {
         cwd: plan.cwd.as_ptr(),
         uid: plan.uid,
         gid: plan.gid,
-        stdio: [plan.stdin.map(AsRawFd::as_raw_fd), Some(plan.stdout.as_raw_fd()), Some(plan.stderr.as_raw_fd())],
+        stdio: plan.streams.stdio(),
+        terminal: matches!(plan.streams, ChildEnds::Terminal(_)),
         groups: plan.groups,
         failed_at: AtomicI32::new(STARTED),
         errno: AtomicI32::new(0),
@@ -155,6 +154,9 @@ unsafe fn become_program(orders: &Orders) -> c_int {
             if source.is_some_and(|source| libc::dup2(source, target) < 0) {
                 return AT_SETUP;
             }
+        }
+        if orders.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
+            return AT_SETUP;
         }
         if libc::chdir(orders.cwd) != 0 {
             return AT_CWD;
