@@ -1,6 +1,7 @@
 //! The far end of a fake VM's connection: speaks the agent's protocol, with scripted commands.
 //!
-//! Beyond the script table it knows `echo X`, `exit N`, `sleep SECONDS` and `printenv NAME`; any other line is echoed.
+//! Beyond the script table it knows `echo X`, `echo X > PATH`, `cat PATH`, `exit N`, `sleep SECONDS` and `printenv NAME`;
+//! any other line is echoed. What is written below `/dev/shm` is in memory, anything else on the VM's disk.
 //! Working directories under `/missing` don't exist.
 
 use std::{
@@ -83,7 +84,7 @@ async fn answer(
             None => {
                 let _running = Running::new(fake);
                 tokio::select! {
-                    ran = run(fake, &exec, writer) => ran,
+                    ran = run(fake, id, &exec, writer) => ran,
                     () = hung_up(reader) => Ok(()),
                 }
             }
@@ -107,11 +108,11 @@ pub(super) async fn hung_up(reader: &mut ReadHalf<DuplexStream>) {
     while !matches!(reader.read(&mut buffer).await, Ok(0) | Err(_)) {}
 }
 
-async fn run(fake: &Shared, exec: &Exec, writer: &mut WriteHalf<DuplexStream>) -> io::Result<()> {
+async fn run(fake: &Shared, id: &VmId, exec: &Exec, writer: &mut WriteHalf<DuplexStream>) -> io::Result<()> {
     if exec.cwd.starts_with("/missing") {
         return fail(writer, FailureCode::BadCwd, "no such directory").await;
     }
-    let script = script_for(fake, exec);
+    let script = script_for(fake, id, exec);
     play(&script, (exec.stdout_cap, exec.stderr_cap, exec.timeout_ms), writer).await
 }
 
@@ -149,7 +150,7 @@ pub(super) async fn play(
     send(writer, Kind::Done, &json(&done)).await
 }
 
-fn script_for(fake: &Shared, exec: &Exec) -> Script {
+fn script_for(fake: &Shared, id: &VmId, exec: &Exec) -> Script {
     let line = match &exec.command {
         Command::Shell(line) => line.clone(),
         Command::Argv(words) => words.join(" "),
@@ -159,7 +160,14 @@ fn script_for(fake: &Shared, exec: &Exec) -> Script {
     }
     let says = |text: &str| Script { stdout: vec![format!("{text}\n").into_bytes()], ..Script::default() };
     match line.split_once(' ') {
-        Some(("echo", text)) => says(text),
+        Some(("echo", text)) => match text.split_once(" > ") {
+            Some((text, path)) => written(fake, id, path, text),
+            None => says(text),
+        },
+        Some(("cat", path)) => match read(fake, id, path) {
+            Some(text) => says(&text),
+            None => Script { exit_code: 1, ..Script::default() },
+        },
         Some(("printenv", name)) => match exec.env.get(name) {
             Some(value) => says(value),
             None => Script { exit_code: 1, ..Script::default() },
@@ -171,6 +179,20 @@ fn script_for(fake: &Shared, exec: &Exec) -> Script {
         }
         _ => says(&line),
     }
+}
+
+fn written(fake: &Shared, id: &VmId, path: &str, text: &str) -> Script {
+    if let Some(vm) = fake.lock().vms.get_mut(id) {
+        let files = if path.starts_with("/dev/shm/") { &mut vm.memory } else { &mut vm.disk };
+        files.insert(path.to_owned(), text.to_owned());
+    }
+    Script::default()
+}
+
+fn read(fake: &Shared, id: &VmId, path: &str) -> Option<String> {
+    let state = fake.lock();
+    let vm = state.vms.get(id)?;
+    vm.memory.get(path).or_else(|| vm.disk.get(path)).cloned()
 }
 
 /// Writes up to `cap` bytes; tells whether there was more.

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use tiffin_types::{
-    id::VmId,
+    id::{SnapshotId, VmId},
     vm::{EndReport, VmSpec},
 };
 
-use super::{Fake, FilesEnd, Script};
+use super::{Fake, FakeSnapshot, FilesEnd, Script};
 use crate::{Denied, Ended};
 
 /// A call of the engine that can be made to fail.
@@ -25,6 +25,16 @@ pub enum Call {
     Resume,
     /// `destroy`
     Destroy,
+    /// `create_from`
+    CreateFrom,
+    /// `snapshot_save`
+    SnapshotSave,
+    /// `snapshot_remove`
+    SnapshotRemove,
+    /// `snapshot_list`
+    SnapshotList,
+    /// `set_egress`
+    SetEgress,
 }
 
 impl Fake {
@@ -41,6 +51,35 @@ impl Fake {
     /// How long starts take from now on.
     pub fn set_start_delay(&self, delay: Duration) {
         self.lock().start_delay = delay;
+    }
+
+    /// How long saves take from now on.
+    pub fn set_save_delay(&self, delay: Duration) {
+        self.lock().save_delay = delay;
+    }
+
+    /// Puts a snapshot on the host that no server knows of.
+    pub fn plant_snapshot(&self, id: SnapshotId, spec: &VmSpec) {
+        let (image, size) = (spec.image.clone(), spec.size);
+        let snapshot = FakeSnapshot::of(image, size);
+        self.lock().snapshots.insert(id, snapshot);
+    }
+
+    /// Makes the snapshot vanish without a word.
+    pub fn lose_snapshot(&self, id: &SnapshotId) {
+        self.lock().snapshots.remove(id);
+    }
+
+    /// Makes the snapshot one that can't be restored.
+    pub fn damage_snapshot(&self, id: &SnapshotId) {
+        if let Some(snapshot) = self.lock().snapshots.get_mut(id) {
+            snapshot.damaged = true;
+        }
+    }
+
+    /// The snapshots on the host.
+    pub fn snapshots(&self) -> Vec<SnapshotId> {
+        self.lock().snapshots.keys().cloned().collect()
     }
 
     /// How many VMs may run at once; further starts find no capacity.
@@ -107,13 +146,7 @@ impl Fake {
 
     /// Puts a VM on the host that no server knows of.
     pub fn plant(&self, spec: VmSpec) {
-        let vm = super::FakeVm {
-            spec: spec.clone(),
-            phase: super::Phase::Running,
-            end: None,
-            run: Default::default(),
-            busy: false,
-        };
+        let vm = super::FakeVm { phase: super::Phase::Running, ..super::FakeVm::new(spec.clone()) };
         self.lock().vms.insert(spec.id, vm);
     }
 

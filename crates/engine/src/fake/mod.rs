@@ -8,6 +8,7 @@ mod files;
 mod guest;
 mod knobs;
 mod scripts;
+mod snapshots;
 mod terminal;
 
 use std::{
@@ -31,6 +32,7 @@ use crate::{
 pub use files::FilesEnd;
 pub use guest::{Script, TOKEN};
 pub use knobs::Call;
+use snapshots::{FakeSnapshot, Texts};
 
 /// The engine.
 #[derive(Default)]
@@ -59,6 +61,8 @@ struct State {
     failing: Vec<Call>,
     failing_starts: VecDeque<EndReport>,
     start_delay: Duration,
+    save_delay: Duration,
+    snapshots: BTreeMap<SnapshotId, FakeSnapshot>,
     capacity: Option<usize>,
     denied: Denied,
     panic_on_denied: bool,
@@ -74,6 +78,12 @@ struct FakeVm {
     /// Cancelled when the run ends; cuts the connections into the guest.
     run: CancellationToken,
     busy: bool,
+    /// What commands wrote below `/dev/shm`: gone at the end of a run.
+    memory: Texts,
+    /// What commands wrote elsewhere: kept over a stop.
+    disk: Texts,
+    /// The memory that the first start goes on with.
+    restore: Option<Texts>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +95,12 @@ enum Phase {
 }
 
 impl FakeVm {
+    fn new(spec: VmSpec) -> Self {
+        let (memory, disk) = (Texts::new(), Texts::new());
+        let run = CancellationToken::new();
+        Self { spec, phase: Phase::Stopped, end: None, run, busy: false, memory, disk, restore: None }
+    }
+
     fn is_up(&self) -> bool {
         match self.phase {
             Phase::Starting | Phase::Running | Phase::Paused => true,
@@ -95,6 +111,7 @@ impl FakeVm {
     fn end_with(&mut self, report: EndReport) {
         self.phase = Phase::Stopped;
         self.end = Some(report);
+        self.memory.clear();
         self.run.cancel();
     }
 
@@ -177,6 +194,7 @@ impl Shared {
             }
             None => {
                 vm.phase = Phase::Running;
+                vm.memory = vm.restore.take().unwrap_or_default();
                 Ok(())
             }
         }
@@ -194,7 +212,7 @@ impl Engine for Fake {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { pause: true, snapshot: false, kernels: false }
+        Capabilities { pause: true, snapshot: true, kernels: false }
     }
 
     async fn create(&self, spec: &VmSpec) -> Result<(), EngineError> {
@@ -204,9 +222,7 @@ impl Engine for Fake {
             let vm = state.exclusive(&spec.id)?;
             return if vm.spec == *spec { Ok(()) } else { Err(EngineError::WrongState("made with another spec")) };
         }
-        let vm =
-            FakeVm { spec: spec.clone(), phase: Phase::Stopped, end: None, run: CancellationToken::new(), busy: false };
-        state.vms.insert(spec.id.clone(), vm);
+        state.vms.insert(spec.id.clone(), FakeVm::new(spec.clone()));
         Ok(())
     }
 
@@ -225,24 +241,40 @@ impl Engine for Fake {
         Ok(Started { took: began.elapsed() })
     }
 
-    async fn create_from(&self, _spec: &VmSpec, _snapshot: &SnapshotId) -> Result<(), EngineError> {
-        Err(EngineError::Unsupported { engine: "fake", what: "restore snapshots" })
+    async fn create_from(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError> {
+        snapshots::create_from(&mut self.lock(), spec, snapshot)
     }
 
-    async fn snapshot_save(&self, _id: &VmId, _into: &SnapshotId) -> Result<Saved, EngineError> {
-        Err(EngineError::Unsupported { engine: "fake", what: "save snapshots" })
+    async fn snapshot_save(&self, id: &VmId, into: &SnapshotId) -> Result<Saved, EngineError> {
+        let delay = snapshots::begin_save(&mut self.lock(), id, into)?;
+        let (shared, id, into) = (Arc::clone(&self.shared), id.clone(), into.clone());
+        let save = self.tasks.spawn(async move {
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            snapshots::finish_save(&mut shared.lock(), &id, into)
+        });
+        save.await.map_err(|error| EngineError::host("saving", error))?
     }
 
-    async fn snapshot_remove(&self, _snapshot: &SnapshotId) -> Result<(), EngineError> {
+    async fn snapshot_remove(&self, snapshot: &SnapshotId) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::SnapshotRemove)?;
+        state.snapshots.remove(snapshot);
         Ok(())
     }
 
     async fn snapshot_list(&self) -> Result<Vec<SnapshotId>, EngineError> {
-        Ok(Vec::new())
+        let mut state = self.lock();
+        state.fails(Call::SnapshotList)?;
+        Ok(state.snapshots.keys().cloned().collect())
     }
 
-    async fn set_egress(&self, _id: &VmId, _egress: &EgressPolicy) -> Result<(), EngineError> {
-        Err(EngineError::Unsupported { engine: "fake", what: "change a network policy" })
+    async fn set_egress(&self, id: &VmId, egress: &EgressPolicy) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        state.fails(Call::SetEgress)?;
+        state.exclusive(id)?.spec.egress = egress.clone();
+        Ok(())
     }
 
     async fn stop(&self, id: &VmId, _grace: Duration) -> Result<EndReport, EngineError> {

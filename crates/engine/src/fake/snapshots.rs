@@ -1,0 +1,90 @@
+//! Snapshots of fake VMs: copies of the files that scripted commands wrote, those in memory and those on the disk.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tiffin_types::{
+    id::{Digest, SnapshotId, VmId},
+    vm::{VmSize, VmSpec},
+};
+
+use super::{Call, FakeVm, Phase, State, files};
+use crate::{EngineError, Saved};
+
+/// What scripted commands wrote, by path.
+pub(super) type Texts = BTreeMap<String, String>;
+
+/// A VM as it was when it was saved.
+#[derive(Debug, Clone)]
+pub(super) struct FakeSnapshot {
+    pub(super) image: Digest,
+    pub(super) size: VmSize,
+    pub(super) memory: Texts,
+    pub(super) disk: Texts,
+    /// What was uploaded.
+    files: Option<files::Store>,
+    pub(super) damaged: bool,
+}
+
+impl FakeSnapshot {
+    /// One of a VM that never ran anything.
+    pub(super) fn of(image: Digest, size: VmSize) -> Self {
+        Self { image, size, memory: Texts::new(), disk: Texts::new(), files: None, damaged: false }
+    }
+}
+
+/// What every fake snapshot takes on the disk.
+const SIZE_BYTES: u64 = 3 << 20;
+
+/// Makes a VM whose first start goes on where the snapshot was taken.
+pub(super) fn create_from(state: &mut State, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError> {
+    state.fails(Call::CreateFrom)?;
+    let saved = match state.snapshots.get(snapshot) {
+        None => return Err(EngineError::BadSnapshot("the snapshot is not on this host".into())),
+        Some(saved) if saved.damaged => return Err(EngineError::BadSnapshot("the snapshot is damaged".into())),
+        Some(saved) => saved.clone(),
+    };
+    if (&saved.image, saved.size) != (&spec.image, spec.size) {
+        return Err(EngineError::Invalid("the snapshot is of another image or size".into()));
+    }
+    if state.vms.contains_key(&spec.id) {
+        let vm = state.exclusive(&spec.id)?;
+        return if vm.spec == *spec { Ok(()) } else { Err(EngineError::WrongState("made with another spec")) };
+    }
+    let vm = FakeVm { disk: saved.disk, restore: Some(saved.memory), ..FakeVm::new(spec.clone()) };
+    state.vms.insert(spec.id.clone(), vm);
+    state.files.extend(saved.files.map(|files| (spec.id.clone(), files)));
+    Ok(())
+}
+
+/// Marks the VM as being saved, or tells why it can't be; how long it takes.
+pub(super) fn begin_save(state: &mut State, id: &VmId, into: &SnapshotId) -> Result<Duration, EngineError> {
+    state.fails(Call::SnapshotSave)?;
+    let (delay, taken) = (state.save_delay, state.snapshots.contains_key(into));
+    let vm = state.exclusive(id)?;
+    match vm.phase {
+        Phase::Running | Phase::Paused => {}
+        Phase::Starting => return Err(EngineError::WrongState("starting")),
+        Phase::Stopped => return Err(EngineError::WrongState("stopped")),
+    }
+    if taken {
+        return Err(EngineError::host("saving", "there is a snapshot of that name"));
+    }
+    vm.busy = true;
+    Ok(delay)
+}
+
+/// Keeps the VM as it is now, unless it ended or was destroyed meanwhile.
+pub(super) fn finish_save(state: &mut State, id: &VmId, into: SnapshotId) -> Result<Saved, EngineError> {
+    let files = state.files.get(id).cloned();
+    let vm = state.vms.get_mut(id).ok_or(EngineError::Absent)?;
+    vm.busy = false;
+    match vm.phase {
+        Phase::Running | Phase::Paused => {}
+        Phase::Starting => return Err(EngineError::WrongState("starting")),
+        Phase::Stopped => return Err(EngineError::WrongState("stopped")),
+    }
+    let (memory, disk) = (vm.memory.clone(), vm.disk.clone());
+    let saved = FakeSnapshot { memory, disk, files, ..FakeSnapshot::of(vm.spec.image.clone(), vm.spec.size) };
+    state.snapshots.insert(into, saved);
+    Ok(Saved { size_bytes: SIZE_BYTES, paused: Duration::ZERO })
+}
