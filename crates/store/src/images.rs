@@ -155,11 +155,13 @@ impl Store {
             .transpose()
     }
 
-    /// Every blob that an image or a VM that isn't deleted needs, in no order, each once.
+    /// Every blob that an image, a VM that isn't deleted or a snapshot needs, in no order, each once. A snapshot needs its
+    /// image's blob like a VM: an image may be deleted only when no snapshot is of its digest either.
     pub async fn digests_in_use(&self) -> Result<Vec<Digest>, StoreError> {
         let rows = sqlx::query(
             "SELECT digest AS id FROM images WHERE digest IS NOT NULL
-             UNION SELECT image_digest AS id FROM vms WHERE state <> 'DELETED'",
+             UNION SELECT image_digest AS id FROM vms WHERE state <> 'DELETED'
+             UNION SELECT image_digest AS id FROM snapshots",
         )
         .fetch_all(&self.pool)
         .await?;

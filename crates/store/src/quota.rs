@@ -13,9 +13,10 @@ use tiffin_types::{
 use crate::{Store, StoreError, row::Fields};
 
 /// Which part of a quota something doesn't fit in. If several, the first in the order vms, cpus, memMb, diskMb.
+/// How many snapshots there may be is no part of an account's own quota, and is told alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuotaExceeded {
-    /// `vms`, `cpus`, `memMb` or `diskMb`.
+    /// `vms`, `cpus`, `memMb`, `diskMb` or `snapshots`.
     pub what: &'static str,
     /// The quota, in that unit.
     pub limit: u64,
@@ -28,7 +29,8 @@ pub struct QuotaExceeded {
 /// Which VMs count for what: see [`Store::vm_usage`]. `$2` is a VM to leave out, or an empty text.
 const USAGE: &str = "SELECT account_rows.id AS id,
         COUNT(vms.id) AS vms,
-        CAST(COALESCE(SUM(vms.disk_mb), 0) AS BIGINT) AS disk_mb,
+        CAST(COALESCE(SUM(vms.disk_mb), 0) + (SELECT COALESCE(SUM(snapshots.reserved_mb), 0) FROM snapshots
+            WHERE snapshots.account_id = account_rows.id) AS BIGINT) AS disk_mb,
         CAST(COALESCE(SUM(CASE WHEN vms.state IN ('CREATED', 'STARTING', 'RUNNING', 'PAUSED', 'STOPPING')
             THEN vms.cpus ELSE 0 END), 0) AS BIGINT) AS cpus,
         CAST(COALESCE(SUM(CASE WHEN vms.state IN ('CREATED', 'STARTING', 'RUNNING', 'PAUSED', 'STOPPING')
@@ -38,7 +40,7 @@ const USAGE: &str = "SELECT account_rows.id AS id,
     WHERE account_rows.id = $1 GROUP BY account_rows.id";
 
 impl Store {
-    /// What the account's VMs use now. VMs that aren't deleted count for `vms` and `disk_mb`; those that are up, and
+    /// What the account's VMs and snapshots use now. VMs that aren't deleted count for `vms` and `disk_mb`, snapshots for `disk_mb`; VMs that are up, and
     /// those just created, as they are about to start, for `cpus` and `mem_mb` too. Nothing for an unknown account.
     pub async fn vm_usage(&self, account: &AccountId) -> Result<Usage, StoreError> {
         usage(account, None, &self.pool).await
@@ -75,9 +77,20 @@ pub(crate) async fn usage<'e>(
 
 /// Whether one more VM of that size fits, as one that is up.
 pub(crate) fn check_new(quota: &Quota, used: &Usage, size: &VmSize) -> Result<(), QuotaExceeded> {
-    fits("vms", quota.vms.into(), used.vms.into(), 1)?;
-    check_start(quota, used, size)?;
-    fits("diskMb", quota.disk_mb, used.disk_mb, size.disk_mb.into())
+    check_all(quota, used, std::iter::once(*size))
+}
+
+/// Whether VMs of those sizes fit together, as ones that are up.
+pub(crate) fn check_all(
+    quota: &Quota,
+    used: &Usage,
+    sizes: impl Iterator<Item = VmSize> + Clone,
+) -> Result<(), QuotaExceeded> {
+    let sum = |of: fn(&VmSize) -> u32| sizes.clone().map(|size| u64::from(of(&size))).sum::<u64>();
+    fits("vms", quota.vms.into(), used.vms.into(), sizes.clone().count() as u64)?;
+    fits("cpus", quota.cpus.into(), used.cpus.into(), sum(|size| size.cpus))?;
+    fits("memMb", quota.mem_mb, used.mem_mb, sum(|size| size.mem_mb))?;
+    fits("diskMb", quota.disk_mb, used.disk_mb, sum(|size| size.disk_mb))
 }
 
 /// Whether a VM of that size, which exists already, may come up.
@@ -86,7 +99,8 @@ pub(crate) fn check_start(quota: &Quota, used: &Usage, size: &VmSize) -> Result<
     fits("memMb", quota.mem_mb, used.mem_mb, size.mem_mb.into())
 }
 
-fn fits(what: &'static str, limit: u64, used: u64, asked: u64) -> Result<(), QuotaExceeded> {
+/// Whether `asked` more fits.
+pub(crate) fn fits(what: &'static str, limit: u64, used: u64, asked: u64) -> Result<(), QuotaExceeded> {
     match used.saturating_add(asked) <= limit {
         true => Ok(()),
         false => Err(QuotaExceeded { what, limit, used, asked }),

@@ -5,7 +5,7 @@
 
 use sqlx::any::AnyRow;
 use tiffin_types::{
-    id::{AccountId, Digest, ImageId, VmId},
+    id::{AccountId, Digest, ImageId, SnapshotId, VmId},
     network::EgressPolicy,
     time::Timestamp,
     vm::{EndReport, EngineName, Isolation, ProvisionMode, VmSize, VmState},
@@ -72,6 +72,8 @@ pub struct Vm {
     pub end: Option<EndReport>,
     /// How it came up, or is to come up.
     pub provision_mode: ProvisionMode,
+    /// The snapshot that it was restored from; that may be gone since.
+    pub snapshot_id: Option<SnapshotId>,
     /// When its record was made.
     pub created_at: Timestamp,
     /// When its record changed last.
@@ -103,6 +105,8 @@ pub struct NewVm {
     pub egress: EgressPolicy,
     /// How it is to come up.
     pub provision_mode: ProvisionMode,
+    /// The snapshot that it is restored from.
+    pub snapshot_id: Option<SnapshotId>,
 }
 
 /// What became of a [`Store::vm_insert`].
@@ -143,12 +147,15 @@ pub struct Change {
 macro_rules! columns {
     () => {
         "id, account_id, image_id, image_digest, engine, isolation, cpus, mem_mb, disk_mb, egress, state, desired, \
-         end_report, provision_mode, created_at, updated_at, started_at, deleted_at"
+         end_report, provision_mode, snapshot_id, created_at, updated_at, started_at, deleted_at"
     };
 }
 
 mod insert;
 mod transition;
+
+pub(crate) use insert::insert;
+pub(crate) use transition::transition;
 
 impl Store {
     /// The account's VM with that id, a deleted one too.
@@ -198,6 +205,34 @@ impl Store {
     }
 }
 
+/// The VMs that were made of a snapshot, deleted ones too.
+pub(crate) async fn of_snapshot<'e>(
+    snapshot: &SnapshotId,
+    db: impl sqlx::Executor<'e, Database = sqlx::Any>,
+) -> Result<Vec<Vm>, StoreError> {
+    let rows = sqlx::query(concat!("SELECT ", columns!(), " FROM vms WHERE snapshot_id = $1 ORDER BY created_at, id"))
+        .bind(snapshot.as_str())
+        .fetch_all(db)
+        .await?;
+    rows.iter().map(vm_from).collect()
+}
+
+/// The VMs that were made of the same snapshot as that one, itself among them, deleted ones too.
+pub(crate) async fn siblings<'e>(
+    id: &VmId,
+    db: impl sqlx::Executor<'e, Database = sqlx::Any>,
+) -> Result<Vec<Vm>, StoreError> {
+    let rows = sqlx::query(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM vms WHERE snapshot_id = (SELECT one.snapshot_id FROM vms AS one WHERE one.id = $1) ORDER BY created_at, id"
+    ))
+    .bind(id.as_str())
+    .fetch_all(db)
+    .await?;
+    rows.iter().map(vm_from).collect()
+}
+
 fn vm_from(row: &AnyRow) -> Result<Vm, StoreError> {
     let fields = Fields::new("vms", row);
     Ok(Vm {
@@ -217,6 +252,7 @@ fn vm_from(row: &AnyRow) -> Result<Vm, StoreError> {
         desired: fields.parsed("desired")?,
         end: fields.json_if_any("end_report")?,
         provision_mode: fields.named("provision_mode")?,
+        snapshot_id: fields.parsed_if_any("snapshot_id")?,
         created_at: fields.time("created_at")?,
         updated_at: fields.time("updated_at")?,
         started_at: fields.time_if_any("started_at")?,

@@ -7,5 +7,6 @@ pub mod account;
 pub mod id;
 pub mod limits;
 pub mod network;
+pub mod snapshot;
 pub mod time;
 pub mod vm;

@@ -34,6 +34,8 @@ pub const LOG_TAIL_DEFAULT: u32 = 200;
 pub const IDEMPOTENCY_KEY_CHARS: RangeInclusive<usize> = 1..=255;
 /// Length of a name (account, API key, image), in characters.
 pub const NAME_CHARS: RangeInclusive<usize> = 1..=100;
+/// VMs that one fork may make.
+pub const FORK_COUNT: RangeInclusive<u32> = 1..=16;
 /// Processes and threads that a guest may have at once.
 pub const GUEST_PIDS: u32 = 1024;
 

@@ -1,7 +1,7 @@
 //! Making a VM's record: once per idempotency key, and only within the account's quota.
 
 use sqlx::AnyConnection;
-use tiffin_types::{account::Quota, time::Timestamp, vm::VmState};
+use tiffin_types::{account::Quota, id::SnapshotId, time::Timestamp, vm::VmState};
 
 use super::{Desired, Inserted, NewVm, Vm, json, provision_mode_name, vm_from};
 use crate::{
@@ -21,8 +21,28 @@ impl Store {
         quota: &Quota,
         idempotency: Option<Idempotency<'_>>,
     ) -> Result<Inserted, StoreError> {
+        self.insert_as(new, VmState::Created, quota, idempotency).await
+    }
+
+    /// As [`Store::vm_insert`], for a VM that the engine has brought up already: its record begins as RUNNING.
+    pub async fn vm_insert_running(
+        &self,
+        new: &NewVm,
+        quota: &Quota,
+        idempotency: Option<Idempotency<'_>>,
+    ) -> Result<Inserted, StoreError> {
+        self.insert_as(new, VmState::Running, quota, idempotency).await
+    }
+
+    async fn insert_as(
+        &self,
+        new: &NewVm,
+        state: VmState,
+        quota: &Quota,
+        idempotency: Option<Idempotency<'_>>,
+    ) -> Result<Inserted, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let inserted = insert_checked(new, quota, idempotency, &mut tx).await?;
+        let inserted = insert_checked(new, state, quota, idempotency, &mut tx).await?;
         match inserted {
             Inserted::New(_) => tx.commit().await?,
             Inserted::Replay(_) | Inserted::KeyReused | Inserted::OverQuota(_) => tx.rollback().await?,
@@ -33,6 +53,7 @@ impl Store {
 
 async fn insert_checked(
     new: &NewVm,
+    state: VmState,
     limits: &Quota,
     idempotency: Option<Idempotency<'_>>,
     tx: &mut AnyConnection,
@@ -57,18 +78,20 @@ async fn insert_checked(
     if let Err(exceeded) = quota::check_new(limits, &used, &new.size) {
         return Ok(Inserted::OverQuota(exceeded));
     }
-    let vm = insert(new, tx).await?;
+    let vm = insert(new, state, tx).await?;
     if let Some(asked) = &idempotency {
         idempotency::remember(&new.account_id, asked, &vm.id, vm.created_at, tx).await?;
     }
     Ok(Inserted::New(vm))
 }
 
-async fn insert(new: &NewVm, tx: &mut AnyConnection) -> Result<Vm, StoreError> {
+/// Makes a VM's record, whatever the quota says; RUNNING, it came up this moment.
+pub(crate) async fn insert(new: &NewVm, state: VmState, tx: &mut AnyConnection) -> Result<Vm, StoreError> {
+    let now = Timestamp::now().as_millis();
     let statement = sqlx::query(concat!(
         "INSERT INTO vms (id, account_id, image_id, image_digest, engine, isolation, cpus, mem_mb, disk_mb, egress,
-             state, desired, provision_mode, created_at, updated_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14) RETURNING ",
+             state, desired, provision_mode, created_at, updated_at, snapshot_id, started_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14, $15, $16) RETURNING ",
         columns!()
     ))
     .bind(new.id.as_str())
@@ -81,10 +104,12 @@ async fn insert(new: &NewVm, tx: &mut AnyConnection) -> Result<Vm, StoreError> {
     .bind(i64::from(new.size.mem_mb))
     .bind(i64::from(new.size.disk_mb))
     .bind(json(&new.egress))
-    .bind(VmState::Created.as_str())
+    .bind(state.as_str())
     .bind(Desired::Running.as_str())
     .bind(provision_mode_name(new.provision_mode))
-    .bind(Timestamp::now().as_millis());
+    .bind(now)
+    .bind(new.snapshot_id.as_ref().map(SnapshotId::as_str))
+    .bind((state == VmState::Running).then_some(now));
     let row = returned(statement, tx)
         .await
         .map_err(|error| StoreError::or_conflict(error, format!("{} exists or its size is zero", new.id)))?;

@@ -65,7 +65,7 @@ impl Store {
     }
 }
 
-async fn transition<'e>(
+pub(crate) async fn transition<'e>(
     id: &VmId,
     from: VmState,
     event: VmEvent,

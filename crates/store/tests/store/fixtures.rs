@@ -54,6 +54,7 @@ pub(crate) fn new_vm(account: &AccountId) -> NewVm {
         size: SIZE,
         egress: EgressPolicy { outbound_internet: true, allow: vec!["10.1.0.0/16".parse().unwrap()] },
         provision_mode: ProvisionMode::Boot,
+        snapshot_id: None,
     }
 }
 
