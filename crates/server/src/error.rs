@@ -157,6 +157,14 @@ impl AppError {
         Self::Fields(vec![FieldError { field: field.into(), message: message.into() }])
     }
 
+    /// An `Idempotency-Key` that belongs to another request.
+    pub(crate) fn key_reused() -> Self {
+        Self::Unprocessable {
+            code: "idempotency_key_reused",
+            message: "this Idempotency-Key was used for another request: use a new key for a new request".into(),
+        }
+    }
+
     /// What happened, for the log: with the inside that the client doesn't get to see.
     pub(crate) fn inside(&self) -> String {
         match self {

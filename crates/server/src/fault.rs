@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 static ARMED: OnceLock<String> = OnceLock::new();
 
 /// Every point, in the order in which a VM's life passes them.
-pub const POINTS: [&str; 10] = [
+pub const POINTS: [&str; 18] = [
     "after_vm_insert",
     "after_start_intent",
     "after_engine_create",
@@ -19,6 +19,16 @@ pub const POINTS: [&str; 10] = [
     "after_engine_stop",
     "after_delete_intent",
     "after_engine_destroy",
+    // A snapshot's life.
+    "after_snapshot_intent",
+    "after_engine_save",
+    "before_snapshot_commit",
+    "after_snapshot_commit",
+    "after_snapshot_delete_intent",
+    "after_engine_snapshot_remove",
+    // A fork passes those of a snapshot too, and those of a create for each clone.
+    "after_fork_insert",
+    "before_fork_commit",
 ];
 
 /// Arms the point with this name, for the rest of the process's life.

@@ -6,7 +6,7 @@ use std::{sync::OnceLock, time::Duration};
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use tiffin_types::vm::VmState;
+use tiffin_types::{snapshot::SnapshotState, vm::VmState};
 
 static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
 
@@ -32,6 +32,9 @@ fn make() -> PrometheusHandle {
     describe_histogram!("tiffin_vm_start_duration_seconds", "Bringing a VM up, made or made again.");
     describe_counter!("tiffin_vm_starts_total", "Attempts to bring a VM up, by how they ended.");
     describe_counter!("tiffin_vm_ends_total", "Runs that ended, by reason.");
+    describe_gauge!("tiffin_snapshots", "Snapshots by state.");
+    describe_histogram!("tiffin_snapshot_save_duration_seconds", "Saving a VM, for a snapshot or a fork.");
+    describe_counter!("tiffin_snapshot_saves_total", "Attempts to save a VM, by how they ended.");
     describe_gauge!("tiffin_build_info", "Always 1; the version is in the label.");
     gauge!("tiffin_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     handle
@@ -48,6 +51,22 @@ pub(crate) fn vms(counts: &[(VmState, i64)]) {
     for state in VmState::ALL.into_iter().filter(|state| *state != VmState::Deleted) {
         let count = counts.iter().find(|(other, _)| *other == state).map_or(0, |(_, count)| *count);
         gauge!("tiffin_vms", "state" => state.as_str()).set(f64::from(u32::try_from(count).unwrap_or(u32::MAX)));
+    }
+}
+
+/// Snapshots in each state, at the moment of a scrape.
+pub(crate) fn snapshots(counts: &[(SnapshotState, i64)]) {
+    for state in SnapshotState::ALL {
+        let count = counts.iter().find(|(other, _)| *other == state).map_or(0, |(_, count)| *count);
+        gauge!("tiffin_snapshots", "state" => state.as_str()).set(f64::from(u32::try_from(count).unwrap_or(u32::MAX)));
+    }
+}
+
+/// A VM was saved, or wasn't.
+pub(crate) fn snapshot_save(ok: bool, took: Duration) {
+    counter!("tiffin_snapshot_saves_total", "outcome" => if ok { "ok" } else { "failed" }).increment(1);
+    if ok {
+        histogram!("tiffin_snapshot_save_duration_seconds").record(took);
     }
 }
 

@@ -124,6 +124,7 @@ pub enum Inserted {
 
 /// What became of a [`Store::vm_start_reserve`].
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "moved once, and mostly the large one")]
 pub enum Reserve {
     /// It is STARTING, and counted as up.
     Reserved(Vm),

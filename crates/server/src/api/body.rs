@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use axum::{
-    body::Body,
+    body::{Body, HttpBody},
     extract::{FromRequest, Request},
     http::{HeaderMap, header},
 };
@@ -35,6 +35,20 @@ impl FromRequest<Arc<App>> for JsonObject {
         let bytes =
             tokio::time::timeout(app.config.http.body_timeout, read).await.map_err(|_| AppError::BodyTimeout)??;
         parse(&bytes)
+    }
+}
+
+/// As [`JsonObject`], where a missing body is an empty object.
+pub(crate) struct OptionalJsonObject(pub(crate) JsonObject);
+
+impl FromRequest<Arc<App>> for OptionalJsonObject {
+    type Rejection = AppError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, AppError> {
+        if request.body().is_end_stream() {
+            return Ok(Self(JsonObject(Map::new())));
+        }
+        JsonObject::from_request(request, app).await.map(Self)
     }
 }
 
@@ -100,6 +114,11 @@ pub(crate) struct Fields {
 }
 
 impl Fields {
+    /// Whether the field is given.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.object.contains_key(name)
+    }
+
     /// The field, removed; `None` when it's missing.
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
         self.object.remove(name)

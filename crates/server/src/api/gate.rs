@@ -80,7 +80,8 @@ impl Operation {
 /// The contract's limits. Routes that are not served yet are limited once they are.
 fn limited(method: &Method, route: &str) -> Option<Limited> {
     match (method.as_str(), route) {
-        ("POST", "/v1/vms") => Some(Limited::VmCreate),
+        // A fork makes VMs too, several at once.
+        ("POST", "/v1/vms" | "/v1/vms/{id}/fork") => Some(Limited::VmCreate),
         ("POST", "/v1/vms/{id}/exec") => Some(Limited::Exec),
         ("POST", "/v1/vms/{id}/run-ts" | "/v1/vms/{id}/run-js") => Some(Limited::Run),
         ("POST", "/v1/vms/{id}/files/upload") => Some(Limited::Upload),

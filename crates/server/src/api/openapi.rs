@@ -22,6 +22,7 @@ use crate::error::{ErrorBody, FieldError};
     tags(
         (name = "VMs", description = "Isolated machines: made, started, stopped, deleted"),
         (name = "Commands", description = "Commands in VMs"),
+        (name = "Snapshots", description = "Saved VMs, of which others are made"),
         (name = "Images", description = "What VMs are made of"),
         (name = "Administration", description = "Accounts and API keys; needs the scope admin"),
         (name = "Server", description = "The server itself; needs no key")
@@ -31,6 +32,8 @@ use crate::error::{ErrorBody, FieldError};
 pub(super) struct Base;
 
 const SCHEME: &str = "apiKey";
+/// Operations that do with no body: none of its fields must be there.
+const OPTIONAL_BODIES: [&str; 1] = ["snapshot_create"];
 
 /// The whole document, as `/openapi.json` serves it.
 pub fn document() -> utoipa::openapi::OpenApi {
@@ -75,7 +78,8 @@ fn complete_operation(path: &str, operation: &mut Operation) {
         RefOr::Ref(_) => false,
     });
     if let Some(RefOr::T(body)) = &mut operation.request_body {
-        body.required = Some(Required::True);
+        let may_be_missing = operation.operation_id.as_deref().is_some_and(|id| OPTIONAL_BODIES.contains(&id));
+        body.required = Some(if may_be_missing { Required::False } else { Required::True });
         errors.extend([400, 408, 413, 415]);
     } else if has_query {
         errors.push(400);

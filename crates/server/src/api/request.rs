@@ -6,7 +6,7 @@ use axum::{
     extract::{FromRequestParts, Path, Query},
     http::request::Parts,
 };
-use tiffin_types::id::{AccountId, ApiKeyId, VmId};
+use tiffin_types::id::{AccountId, ApiKeyId, SnapshotId, VmId};
 
 use crate::{
     app::{
@@ -45,6 +45,9 @@ pub(crate) trait Noun: FromStr {
 
 impl Noun for VmId {
     const NOUN: &'static str = "VM";
+}
+impl Noun for SnapshotId {
+    const NOUN: &'static str = "snapshot";
 }
 impl Noun for ApiKeyId {
     const NOUN: &'static str = "API key";

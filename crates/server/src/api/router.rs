@@ -7,7 +7,7 @@ use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-use super::{accounts, api_keys, docs, exec, gate, health, images, layer, openapi, vm_logs, vms};
+use super::{accounts, api_keys, docs, exec, gate, health, images, layer, openapi, snapshots, vm_logs, vms};
 use crate::{app::App, error::AppError};
 
 /// Every operation of the API.
@@ -20,6 +20,10 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(vms::vm_pause))
         .routes(routes!(vms::vm_resume))
         .routes(routes!(vms::vm_network_get))
+        .routes(routes!(snapshots::vm_fork))
+        .routes(routes!(snapshots::snapshot_create))
+        .routes(routes!(snapshots::snapshot_list))
+        .routes(routes!(snapshots::snapshot_get, snapshots::snapshot_delete))
         .routes(routes!(vm_logs::vm_log_get))
         .routes(routes!(exec::exec_create))
         .routes(routes!(images::image_list))

@@ -12,11 +12,11 @@ use serde_json::Value;
 use tiffin_engine::Denied;
 use tiffin_store::Vm;
 use tiffin_types::{
-    id::{ImageId, VmId},
+    id::{ImageId, SnapshotId, VmId},
     limits,
     network::{EgressPolicy, parse_allow_entry},
     time::Timestamp,
-    vm::{EndReport, ProvisionMode, VmSize, VmState},
+    vm::{EndReport, ProvisionMode, VmState},
 };
 use utoipa::ToSchema;
 
@@ -35,7 +35,7 @@ use crate::{
 
 /// The address that every guest has in its own network.
 const GUEST_IP: &str = "172.16.0.2";
-const CREATE_FIELDS: &str = "cpu, memMb, allowIps, outboundInternet, imageId, diskSizeMb are";
+const CREATE_FIELDS: &str = "cpu, memMb, allowIps, outboundInternet, imageId, snapshotId, diskSizeMb are";
 
 /// What to make.
 #[derive(ToSchema)]
@@ -58,8 +58,12 @@ pub(crate) struct VmCreate {
     /// What it is made of; the default image when missing.
     #[schema(example = "01JD4W5C1QZX6M0V5K2B8N7T3A")]
     image_id: Option<String>,
-    /// Room for what it writes, in MiB.
-    #[schema(minimum = 64, maximum = 512_000, default = 1024)]
+    /// The snapshot to go on from, instead of booting. `cpu` and `memMb` must be the snapshot's; `imageId` and
+    /// `diskSizeMb` too, where they are given.
+    #[schema(example = "snap-0123456789abcd")]
+    snapshot_id: Option<String>,
+    /// Room for what it writes, in MiB; 1024 or the snapshot's when missing.
+    #[schema(minimum = 64, maximum = 512_000)]
     disk_size_mb: Option<u32>,
 }
 
@@ -192,7 +196,7 @@ impl From<Vm> for VmBody {
 #[utoipa::path(post, path = "/v1/vms", operation_id = "vm_create", tag = "VMs", request_body = VmCreate,
     params(("Idempotency-Key" = Option<String>, Header, description =
         "1 to 255 visible ASCII characters. The same key with the same body gives the same VM for 24 hours; with another body 422.")),
-    responses((status = 201, description = "The VM runs", body = VmBody), (status = 422), (status = 429), (status = 503)))]
+    responses((status = 201, description = "The VM runs", body = VmBody), (status = 404), (status = 422), (status = 429), (status = 503)))]
 pub(crate) async fn vm_create(
     caller: Caller,
     State(app): State<Arc<App>>,
@@ -301,7 +305,8 @@ pub(crate) async fn vm_network_get(
     Ok(Json(VmNetwork { outbound_internet: body.outbound_internet, allow_ips: body.allow_ips, denied }))
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, AppError> {
+/// The header `Idempotency-Key`, if it is there and well formed.
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, AppError> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
     let key = value.to_str().unwrap_or("");
     if limits::IDEMPOTENCY_KEY_CHARS.contains(&key.len()) && key.bytes().all(|b| b.is_ascii_graphic()) {
@@ -323,21 +328,26 @@ fn vm_request(mut fields: Fields) -> Result<VmRequest, AppError> {
         text(value)?.parse::<ImageId>().ok().map(Some)
     });
     let disk_mb =
-        fields.optional("diskSizeMb", limits::DISK_MB_DEFAULT, &number(&limits::DISK_MB), whole(limits::DISK_MB));
-    if fields.take("snapshotId").is_some() {
-        fields.wrong("snapshotId", "is not supported by this version: leave it out");
-    }
+        fields.optional("diskSizeMb", None, &number(&limits::DISK_MB), |value| whole(limits::DISK_MB)(value).map(Some));
+    let snapshot_id =
+        fields.optional("snapshotId", None, "must be a snapshot's id, such as snap-0123456789abcd", |value| {
+            text(value)?.parse::<SnapshotId>().ok().map(Some)
+        });
     let request = (|| {
         Some(VmRequest {
-            size: VmSize { cpus: cpus?, mem_mb: mem_mb?, disk_mb: disk_mb? },
+            cpus: cpus?,
+            mem_mb: mem_mb?,
+            disk_mb: disk_mb?,
             egress: EgressPolicy { outbound_internet: outbound_internet?, allow: allow? },
             image_id: image_id?,
+            snapshot_id: snapshot_id?,
         })
     })();
     fields.finish_with(request, CREATE_FIELDS)
 }
 
-fn allow_ips(fields: &mut Fields) -> Option<Vec<ipnet::IpNet>> {
+/// The field `allowIps`, which must be there.
+pub(super) fn allow_ips(fields: &mut Fields) -> Option<Vec<ipnet::IpNet>> {
     let expected = format!("must be a list of at most {} networks in CIDR notation", limits::ALLOW_IPS_MAX);
     let entries = fields.required("allowIps", &expected, |value| match value {
         Value::Array(entries) if entries.len() <= limits::ALLOW_IPS_MAX => Some(entries),

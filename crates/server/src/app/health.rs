@@ -24,6 +24,9 @@ pub(crate) async fn metrics_render(app: &App) -> String {
     if let Ok(Ok(counts)) = tokio::time::timeout(PING, app.store.vm_counts()).await {
         crate::metrics::vms(&counts);
     }
+    if let Ok(Ok(counts)) = tokio::time::timeout(PING, app.store.snapshot_counts()).await {
+        crate::metrics::snapshots(&counts);
+    }
     app.metrics.run_upkeep();
     app.metrics.render()
 }

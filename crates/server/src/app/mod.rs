@@ -11,6 +11,7 @@ pub(crate) mod health;
 pub(crate) mod images;
 mod places;
 pub(crate) mod rates;
+pub(crate) mod snapshots;
 pub(crate) mod vms;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex};
@@ -18,7 +19,7 @@ use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tiffin_engine::Engine;
 use tiffin_store::Store;
-use tiffin_types::id::VmId;
+use tiffin_types::id::{SnapshotId, VmId};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{config::Config, error::AppError};
@@ -36,7 +37,9 @@ pub(crate) struct App {
     /// Cancelled when the server is asked to shut down.
     pub(crate) shutdown: CancellationToken,
     /// One change at a time for each VM.
-    pub(crate) locks: Locks,
+    pub(crate) locks: Locks<VmId>,
+    /// Held while a snapshot is saved or removed, shared while VMs are made of it.
+    pub(crate) snapshot_locks: Locks<SnapshotId>,
     /// Bounds how often a caller may do what is costly.
     pub(crate) rates: Rates,
     /// Bounds how many VMs come up at once.
@@ -61,6 +64,7 @@ impl App {
             places: Places::new(&config.limits),
             commands: Commands::new(config.exec.max_concurrent),
             locks: Locks::default(),
+            snapshot_locks: Locks::default(),
             tasks: TaskTracker::new(),
             undestroyed: Mutex::default(),
             config,

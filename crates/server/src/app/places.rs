@@ -1,4 +1,4 @@
-//! Bounds: one change at a time for each VM, so many VMs coming up at once, so many commands in each VM.
+//! Bounds: one change at a time for each VM and snapshot, so many VMs coming up at once, so many commands in each VM.
 
 use std::{
     collections::HashMap,
@@ -7,39 +7,48 @@ use std::{
 };
 
 use tiffin_types::id::VmId;
-use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, OwnedSemaphorePermit, RwLock, Semaphore};
 
 use crate::{config::LimitsConfig, error::AppError};
 
-/// A lock for each VM. Entries go when nobody holds or waits for them.
-#[derive(Default)]
-pub(crate) struct Locks(Mutex<HashMap<VmId, Weak<tokio::sync::Mutex<()>>>>);
+/// A lock for each VM or snapshot. Entries go when nobody holds or waits for them.
+pub(crate) struct Locks<K>(Mutex<HashMap<K, Weak<RwLock<()>>>>);
 
-impl Locks {
-    /// Waits for, and holds, the VM's lock.
-    pub(crate) async fn lock(&self, id: &VmId) -> OwnedMutexGuard<()> {
-        let lock = {
-            let mut locks = hold(&self.0);
-            match locks.get(id).and_then(Weak::upgrade) {
-                Some(lock) => lock,
-                None => {
-                    locks.retain(|_, lock| lock.strong_count() > 0);
-                    let lock = Arc::default();
-                    locks.insert(id.clone(), Arc::downgrade(&lock));
-                    lock
-                }
-            }
-        };
-        lock.lock_owned().await
-    }
-
-    /// Whether nobody holds the VM's lock now.
-    pub(crate) fn is_free(&self, id: &VmId) -> bool {
-        hold(&self.0).get(id).is_none_or(|lock| lock.strong_count() == 0)
+impl<K> Default for Locks<K> {
+    fn default() -> Self {
+        Self(Mutex::default())
     }
 }
 
-/// Places for VMs that come up, and a bounded queue before them.
+impl<K: Clone + Eq + std::hash::Hash> Locks<K> {
+    /// Waits for, and holds, the lock: nobody else changes the thing.
+    pub(crate) async fn lock(&self, id: &K) -> OwnedRwLockWriteGuard<()> {
+        self.entry(id).write_owned().await
+    }
+
+    /// Waits for, and holds, a share of the lock: nobody changes the thing while others may use it too.
+    pub(crate) async fn share(&self, id: &K) -> OwnedRwLockReadGuard<()> {
+        self.entry(id).read_owned().await
+    }
+
+    /// Whether nobody holds the lock now.
+    pub(crate) fn is_free(&self, id: &K) -> bool {
+        hold(&self.0).get(id).is_none_or(|lock| lock.strong_count() == 0)
+    }
+
+    fn entry(&self, id: &K) -> Arc<RwLock<()>> {
+        let mut locks = hold(&self.0);
+        if let Some(lock) = locks.get(id).and_then(Weak::upgrade) {
+            return lock;
+        }
+        locks.retain(|_, lock| lock.strong_count() > 0);
+        let lock = Arc::default();
+        locks.insert(id.clone(), Arc::downgrade(&lock));
+        lock
+    }
+}
+
+/// Places for VMs that come up or are saved, and a bounded queue before them.
 pub(super) struct Places {
     running: Arc<Semaphore>,
     queue: Arc<Semaphore>,
@@ -60,7 +69,7 @@ impl Places {
     pub(super) async fn take(&self) -> Result<Place, AppError> {
         let busy = || AppError::Unavailable {
             code: "busy",
-            message: "too many VMs are coming up at once; try again shortly".into(),
+            message: "too many VMs are coming up or being saved at once; try again shortly".into(),
         };
         let queued = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| busy())?;
         let running = tokio::time::timeout(self.wait, Arc::clone(&self.running).acquire_owned()).await;
@@ -71,7 +80,7 @@ impl Places {
     }
 }
 
-/// The right to bring one VM up.
+/// The right to bring one VM up, or to save one.
 pub(super) struct Place {
     _running: OwnedSemaphorePermit,
     _queued: OwnedSemaphorePermit,

@@ -141,6 +141,12 @@ pub const KEYS: &[Key] = &[
         "How long a VM's processes have between being asked to end and being killed.",
     ),
     Key::new(
+        "vm.snapshot_timeout_ms",
+        "300000",
+        Allowed::Integer(1000, 86_400_000),
+        "How long saving a VM may take, for a snapshot or a fork.",
+    ),
+    Key::new(
         "vm.reconcile_ms",
         "30000",
         Allowed::Integer(50, 3_600_000),
@@ -159,6 +165,12 @@ pub const KEYS: &[Key] = &[
         "60000",
         Allowed::Integer(0, 600_000),
         "How long such a request waits before it gets 503.",
+    ),
+    Key::new(
+        "limits.snapshots_per_account",
+        "100",
+        Allowed::Integer(0, 1_000_000),
+        "Snapshots that one account may have. Each counts for the disk of its quota too.",
     ),
     Key::new(
         "rate.vm_create_per_min",

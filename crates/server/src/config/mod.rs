@@ -110,6 +110,8 @@ pub struct VmConfig {
     pub start_timeout: Duration,
     /// How long a VM's processes have to end at a stop.
     pub stop_grace: Duration,
+    /// How long saving a VM may take.
+    pub snapshot_timeout: Duration,
     /// Between two comparisons of all VMs with what the engine sees.
     pub reconcile_every: Duration,
 }
@@ -125,6 +127,8 @@ pub struct LimitsConfig {
     pub creates_queued: usize,
     /// How long they wait.
     pub create_wait: Duration,
+    /// Snapshots of one account.
+    pub snapshots_per_account: u32,
 }
 
 /// How often one caller, or for wrong keys one address, may do something in a minute; 0 is no limit.
@@ -213,6 +217,7 @@ impl Config {
             vm: VmConfig {
                 start_timeout: values.millis("vm.start_timeout_ms")?,
                 stop_grace: values.millis("vm.stop_grace_ms")?,
+                snapshot_timeout: values.millis("vm.snapshot_timeout_ms")?,
                 reconcile_every: values.millis("vm.reconcile_ms")?,
             },
             limits: LimitsConfig {
@@ -220,6 +225,7 @@ impl Config {
                 creates_in_flight: values.count("limits.creates_in_flight")?,
                 creates_queued: values.count("limits.creates_queued")?,
                 create_wait: values.millis("limits.create_wait_ms")?,
+                snapshots_per_account: values.small("limits.snapshots_per_account")?,
             },
             quota: Quota {
                 vms: values.small("quota.vms")?,

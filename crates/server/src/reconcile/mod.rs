@@ -4,6 +4,7 @@
 //! decided by one pure function ([`decide`]).
 
 mod decide;
+mod snapshots;
 mod tasks;
 mod vms;
 

@@ -7,7 +7,10 @@ use tiffin_engine::{Ended, EngineError};
 use tiffin_store::{Change, Vm};
 use tiffin_types::vm::{EndReport, VmState};
 
-use super::decide::{Action, decide};
+use super::{
+    decide::{Action, decide},
+    snapshots,
+};
 use crate::{
     app::{
         App,
@@ -26,6 +29,7 @@ const STARTING_POLL: Duration = Duration::from_millis(250);
 /// knows, as nothing can be on its way yet.
 pub(crate) async fn adopt_all(app: &Arc<App>) -> Result<(), AppError> {
     let found = app.engine.adopt().await?;
+    snapshots::undo_forks(app).await?;
     let recorded = app.store.vm_not_deleted().await?;
     let known: HashSet<_> = recorded.iter().map(|vm| &vm.id).collect();
     tracing::info!(found = found.len(), recorded = recorded.len(), "adopting VMs");
@@ -35,7 +39,7 @@ pub(crate) async fn adopt_all(app: &Arc<App>) -> Result<(), AppError> {
         let _ = destroy(app, id).await;
     }
     reconcile_each(app, &recorded).await;
-    Ok(())
+    snapshots::reconcile_all(app).await
 }
 
 /// Follows the VMs that an earlier server left on their way up until they are up or down. Later starts are followed by
@@ -62,11 +66,12 @@ pub(super) async fn reconcile_all(app: &Arc<App>) -> Result<(), AppError> {
     for id in &undestroyed {
         let _ = destroy(app, id).await;
     }
+    snapshots::undo_forks(app).await?;
     let mut recorded = app.store.vm_not_deleted().await?;
     // What is down on request has nothing that could drift; what is being changed is looked at the next time.
     recorded.retain(|vm| vm.state != VmState::Stopped && app.locks.is_free(&vm.id));
     reconcile_each(app, &recorded).await;
-    Ok(())
+    snapshots::reconcile_all(app).await
 }
 
 /// Several at once: one that takes its time to stop must not keep the others waiting.

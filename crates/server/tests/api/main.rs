@@ -10,5 +10,7 @@ mod logs;
 mod openapi;
 mod rates;
 mod reconcile;
+mod snapshots;
 mod vm_create;
+mod vm_fork;
 mod vms;

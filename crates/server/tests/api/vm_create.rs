@@ -87,7 +87,9 @@ async fn every_bad_value_of_every_field_is_a_400_that_names_it_and_makes_nothing
         ("imageId", json!(null)),
         ("imageId", json!("01JD4W5C1QZX6M0V5K2B8N7T3A")),
         ("imageId", json!("../../../../etc/passwd")),
-        ("snapshotId", json!("snap-0123456789abcd")),
+        ("snapshotId", json!("snap-0123456789ABCD")),
+        ("snapshotId", json!("../../etc")),
+        ("snapshotId", json!(null)),
         ("cpus", json!(1)),
         ("", json!(1)),
     ] {

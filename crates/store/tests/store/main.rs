@@ -14,6 +14,7 @@ mod images;
 mod open;
 mod postgres;
 mod quota;
+mod snapshots;
 mod sqlite_only;
 mod vms;
 
@@ -89,6 +90,18 @@ cases! {
         of_starts_at_once_only_what_fits_succeeds,
         a_new_vm_does_not_count_twice_when_it_starts,
         accounts_do_not_share_a_quota,
+    }
+    snapshots {
+        a_new_snapshot_reads_back_to_its_own_account_alone,
+        a_snapshot_goes_through_its_life_by_compare_and_set,
+        only_what_is_deleting_is_forgotten,
+        a_snapshot_counts_for_the_disk_by_what_it_may_take_then_by_what_it_takes,
+        of_inserts_at_once_exactly_as_many_as_allowed_succeed,
+        a_snapshots_image_stays_in_use,
+        a_fork_is_made_whole_or_not_at_all,
+        a_fork_is_done_in_one_moment_or_not,
+        a_fork_with_a_key_is_made_once,
+        a_vm_that_runs_already_begins_as_running_within_the_quota,
     }
     idempotency {
         the_same_request_again_gets_the_same_vm,

@@ -5,13 +5,17 @@ use std::{sync::Arc, time::Duration};
 use tiffin_store::{Idempotency, Inserted, NewVm, Vm};
 use tiffin_types::{
     account::Scope,
-    id::{ImageId, VmId},
+    id::{ImageId, SnapshotId, VmId},
+    limits,
     network::EgressPolicy,
     vm::{EndReason, EndReport, ProvisionMode, VmEvent, VmSize, VmState},
 };
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::OwnedRwLockWriteGuard;
 
-use super::{App, Caller, mark_deleted, report, run::bring_up};
+use super::{
+    App, Caller, mark_deleted, report, restore,
+    run::{From, bring_up},
+};
 use crate::{
     app::{images::image_for, places::Place},
     error::{AppError, chain},
@@ -19,14 +23,18 @@ use crate::{
 };
 
 /// How often a repeated request looks whether the first one is done.
-const REPLAY_POLL: Duration = Duration::from_millis(50);
+pub(super) const REPLAY_POLL: Duration = Duration::from_millis(50);
 
 /// A VM to be made; its fields are within their ranges.
 #[derive(Debug, Clone)]
 pub(crate) struct VmRequest {
-    pub(crate) size: VmSize,
+    pub(crate) cpus: u32,
+    pub(crate) mem_mb: u32,
+    /// `None`: the snapshot's, or the default.
+    pub(crate) disk_mb: Option<u32>,
     pub(crate) egress: EgressPolicy,
     pub(crate) image_id: Option<ImageId>,
+    pub(crate) snapshot_id: Option<SnapshotId>,
 }
 
 /// The client's name for a request that it may repeat, and what it asked for.
@@ -43,18 +51,7 @@ pub(crate) async fn vm_create(
     idempotent: Option<Idempotent>,
 ) -> Result<Vm, AppError> {
     caller.require(Scope::Write)?;
-    let (image, digest) = image_for(app, caller, request.image_id.as_ref()).await?;
-    let new = NewVm {
-        id: VmId::random(),
-        account_id: caller.account_id.clone(),
-        image_id: image.id,
-        image_digest: digest,
-        engine: app.engine.name(),
-        isolation: app.engine.isolation(),
-        size: request.size,
-        egress: request.egress,
-        provision_mode: ProvisionMode::Boot,
-    };
+    let new = new_vm(app, caller, request).await?;
     let (work, caller) = (Arc::clone(app), caller.clone());
     app.run(async move {
         match attempt(&work, &caller, &new, idempotent.as_ref()).await? {
@@ -67,6 +64,26 @@ pub(crate) async fn vm_create(
         }
     })
     .await
+}
+
+async fn new_vm(app: &App, caller: &Caller, request: VmRequest) -> Result<NewVm, AppError> {
+    if let Some(id) = request.snapshot_id.clone() {
+        return restore::new_vm(app, caller, &id, request).await;
+    }
+    let (image, digest) = image_for(app, caller, request.image_id.as_ref()).await?;
+    let disk_mb = request.disk_mb.unwrap_or(limits::DISK_MB_DEFAULT);
+    Ok(NewVm {
+        id: VmId::random(),
+        account_id: caller.account_id.clone(),
+        image_id: image.id,
+        image_digest: digest,
+        engine: app.engine.name(),
+        isolation: app.engine.isolation(),
+        size: VmSize { cpus: request.cpus, mem_mb: request.mem_mb, disk_mb },
+        egress: request.egress,
+        provision_mode: ProvisionMode::Boot,
+        snapshot_id: None,
+    })
 }
 
 /// What a request came to.
@@ -84,6 +101,8 @@ async fn attempt(
     idempotent: Option<&Idempotent>,
 ) -> Result<Attempt, AppError> {
     let place = app.places.take().await?;
+    // Until it is up: a removal of the snapshot waits for that.
+    let _source = restore::hold_source(app, caller, new).await?;
     let lock = app.locks.lock(&new.id).await;
     match insert(app, caller, new, idempotent).await? {
         Inserted::New(vm) => make(app, vm, lock, place).await.map(|vm| Attempt::Made(Box::new(vm))),
@@ -91,10 +110,7 @@ async fn attempt(
             drop(place);
             replay(app, caller, vm).await
         }
-        Inserted::KeyReused => Err(AppError::Unprocessable {
-            code: "idempotency_key_reused",
-            message: "this Idempotency-Key was used for another request: use a new key for a new request".into(),
-        }),
+        Inserted::KeyReused => Err(AppError::key_reused()),
         Inserted::OverQuota(over) => Err(AppError::OverQuota(over)),
     }
 }
@@ -116,28 +132,37 @@ async fn insert(
     Ok(inserted)
 }
 
-async fn make(app: &App, created: Vm, _lock: OwnedMutexGuard<()>, _place: Place) -> Result<Vm, AppError> {
+async fn make(app: &App, created: Vm, _lock: OwnedRwLockWriteGuard<()>, _place: Place) -> Result<Vm, AppError> {
     let starting = app.store.vm_transition(&created.id, VmState::Created, VmEvent::Start, Default::default()).await?;
     let Some(starting) = starting else { return Err(AppError::NotFound("VM")) };
     fault::point("after_start_intent");
-    let failure = match bring_up(app, &starting).await {
+    let failure = match bring_up(app, &starting, From::Snapshot).await {
         Ok(vm) => return Ok(vm),
         Err(failure) => failure,
     };
-    let end = match &failure {
+    settle_failed(app, &starting, end_of(&failure), &failure).await;
+    Err(failure)
+}
+
+/// What the record says of a VM that didn't come up.
+pub(super) fn end_of(failure: &AppError) -> EndReport {
+    match failure {
         AppError::Boot(end) => end.clone(),
         AppError::Internal { .. } => report(EndReason::BootFailed, "The host failed while bringing it up."),
         other => report(EndReason::BootFailed, other.to_string()),
-    };
-    settle_failed(app, &starting, end, &failure).await;
-    Err(failure)
+    }
+}
+
+/// Whether the same request made again finds out by itself, so that its key must not be kept for it.
+pub(super) fn frees_key(failure: &AppError) -> bool {
+    matches!(failure, AppError::Unavailable { .. } | AppError::Unprocessable { .. })
 }
 
 /// Leaves nothing of a VM that didn't come up. What fails here is logged and taken up by the reconciler; the client's
 /// answer is why the VM didn't come up.
 async fn settle_failed(app: &App, starting: &Vm, end: EndReport, failure: &AppError) {
     let id = &starting.id;
-    if let AppError::Unavailable { .. } = failure
+    if frees_key(failure)
         && let Err(error) = app.store.idempotency_forget(id).await
     {
         tracing::warn!(vm_id = %id, error = chain(&error), "the idempotency key of VM {id} stays taken");

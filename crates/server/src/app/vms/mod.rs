@@ -1,9 +1,11 @@
-//! VMs: read, logged, removed here; made in [`create`], brought up and down in [`run`].
+//! VMs: read, logged, removed here; made in [`create`] and [`fork`], brought up and down in [`run`].
 //!
 //! Invariants: the intent is in the store before the engine does anything; a state changes only by compare-and-set; a
 //! change of one VM holds that VM's lock, deletion aside, which may come at any time and wins.
 
 mod create;
+pub(crate) mod fork;
+mod restore;
 mod run;
 
 use std::sync::Arc;
@@ -138,7 +140,7 @@ pub(crate) fn spec_of(vm: &Vm) -> VmSpec {
 }
 
 /// A refusal that names the state, and the states in which it would work.
-pub(super) fn wrong_state(vm: &Vm, wanted: &str) -> AppError {
+pub(crate) fn wrong_state(vm: &Vm, wanted: &str) -> AppError {
     AppError::Conflict {
         code: "wrong_state",
         message: format!("the VM is {}; this needs a VM that is {wanted}", vm.state),

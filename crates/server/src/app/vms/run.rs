@@ -9,7 +9,7 @@ use tiffin_types::{
     id::VmId,
     vm::{EndReason, EndReport, VmEvent, VmState},
 };
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::OwnedRwLockWriteGuard;
 
 use super::{App, Caller, find, record_end, report, spec_of, wrong_state};
 use crate::{error::AppError, fault, metrics};
@@ -36,7 +36,7 @@ pub(crate) async fn vm_start(app: &Arc<App>, caller: &Caller, id: &VmId) -> Resu
 }
 
 async fn start_reserved(app: &App, starting: &Vm) -> Result<(), AppError> {
-    let Err(failure) = bring_up(app, starting).await else { return Ok(()) };
+    let Err(failure) = bring_up(app, starting, From::Itself).await else { return Ok(()) };
     let end = match &failure {
         AppError::Boot(end) => end.clone(),
         AppError::Unavailable { message, .. } => report(EndReason::BootFailed, message.clone()),
@@ -50,17 +50,39 @@ async fn start_reserved(app: &App, starting: &Vm) -> Result<(), AppError> {
     Err(failure)
 }
 
+/// What a VM comes up from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    /// Its own disk, if there is one, else its image.
+    Itself,
+    /// The snapshot that its record names, which is there and stays until it is up.
+    Snapshot,
+}
+
 /// Has the engine make (if need be) and start a VM that is STARTING, and takes it to RUNNING. On failure it is down,
 /// and its record is the caller's to settle.
-pub(super) async fn bring_up(app: &App, starting: &Vm) -> Result<Vm, AppError> {
+pub(super) async fn bring_up(app: &App, starting: &Vm, from: From) -> Result<Vm, AppError> {
     let began = Instant::now();
-    let started = tokio::time::timeout(app.config.vm.start_timeout, engine_up(app, starting)).await;
-    let outcome = match started {
-        Ok(Ok(())) => commit_running(app, starting).await,
+    let outcome = match up(app, starting, from).await {
+        Ok(()) => commit_running(app, starting).await,
+        Err(error) => Err(error),
+    };
+    note_start(&outcome, began);
+    outcome
+}
+
+/// As [`bring_up`], without a change of the record.
+pub(super) async fn up(app: &App, starting: &Vm, from: From) -> Result<(), AppError> {
+    match tokio::time::timeout(app.config.vm.start_timeout, engine_up(app, starting, from)).await {
+        Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(AppError::from(error)),
         Err(_) => Err(AppError::Boot(too_slow(app, starting).await)),
-    };
-    let word = match &outcome {
+    }
+}
+
+/// Counts an attempt to bring a VM up.
+pub(super) fn note_start<T>(outcome: &Result<T, AppError>, began: Instant) {
+    let word = match outcome {
         Ok(_) => "ok",
         Err(AppError::Boot(end)) => end.reason.as_str(),
         Err(AppError::Unavailable { code, .. } | AppError::Unprocessable { code, .. }) => code,
@@ -68,11 +90,13 @@ pub(super) async fn bring_up(app: &App, starting: &Vm) -> Result<Vm, AppError> {
         Err(_) => "internal",
     };
     metrics::vm_start(word, began.elapsed());
-    outcome
 }
 
-async fn engine_up(app: &App, vm: &Vm) -> Result<(), EngineError> {
-    app.engine.create(&spec_of(vm)).await?;
+async fn engine_up(app: &App, vm: &Vm, from: From) -> Result<(), EngineError> {
+    match (from, &vm.snapshot_id) {
+        (From::Snapshot, Some(snapshot)) => app.engine.create_from(&spec_of(vm), snapshot).await?,
+        (From::Snapshot, None) | (From::Itself, _) => app.engine.create(&spec_of(vm)).await?,
+    }
     fault::point("after_engine_create");
     let started = app.engine.start(&vm.id).await?;
     fault::point("after_engine_start");
@@ -174,7 +198,12 @@ fn can_pause(app: &App) -> Result<(), AppError> {
 }
 
 /// The VM and its lock, when its state allows `event`. Asks before it waits too, so that a refusal is quick.
-async fn hold(app: &App, caller: &Caller, id: &VmId, event: VmEvent) -> Result<(OwnedMutexGuard<()>, Vm), AppError> {
+async fn hold(
+    app: &App,
+    caller: &Caller,
+    id: &VmId,
+    event: VmEvent,
+) -> Result<(OwnedRwLockWriteGuard<()>, Vm), AppError> {
     able(&find(app, caller, id).await?, event)?;
     let lock = app.locks.lock(id).await;
     let vm = find(app, caller, id).await?;
