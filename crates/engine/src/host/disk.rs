@@ -13,6 +13,9 @@ use std::{
 
 use super::process::{self, ToolError};
 
+/// What [`copy_seen`] shows at once.
+pub const PIECE: usize = 16 * 1024;
+
 /// A disk could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -93,7 +96,10 @@ fn format(path: &Path, size_mb: u32) -> Result<(), DiskError> {
 }
 
 /// Copies a file's data and leaves its holes holes; shares the blocks where the host's filesystem can.
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// The kernel's; `AlreadyExists` when `to` is there.
+pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = OpenOptions::new().write(true).create_new(true).open(to)?;
     // SAFETY: FICLONE takes the descriptor of the file to share blocks with.
@@ -106,6 +112,46 @@ fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     while let Some((start, end)) = next_data(&source, position)? {
         copy_range(&source, &target, start, end)?;
         position = end;
+    }
+    Ok(())
+}
+
+/// As [`copy_sparse`] (`to` may be left out), and shows everything that was read and isn't zero, in order, in pieces that depend on the content
+/// alone: at most [`PIECE`] bytes, each at a multiple of it.
+///
+/// # Errors
+/// The kernel's; `AlreadyExists` when `to` is there.
+pub fn copy_seen(from: &Path, to: Option<&Path>, mut seen: impl FnMut(u64, &[u8])) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let source = File::open(from)?;
+    let length = source.metadata()?.len();
+    let target = match to {
+        None => None,
+        Some(to) => {
+            let target = OpenOptions::new().write(true).create_new(true).open(to)?;
+            // SAFETY: FICLONE takes the descriptor of the file to share blocks with.
+            let shared = unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) } == 0;
+            target.set_len(length)?;
+            (!shared).then_some(target)
+        }
+    };
+    let (mut buffer, mut next) = (vec![0; PIECE], 0u64);
+    while let Some((start, end)) = next_data(&source, i64::try_from(next).map_err(io::Error::other)?)? {
+        let (start, end) = (u64::try_from(start), u64::try_from(end));
+        let (start, end) = (start.map_err(io::Error::other)?, end.map_err(io::Error::other)?);
+        next = start - start % PIECE as u64;
+        while next < end {
+            let want = usize::try_from(length - next).unwrap_or(PIECE).min(PIECE);
+            let piece = &mut buffer[..want];
+            source.read_exact_at(piece, next)?;
+            if piece.iter().any(|byte| *byte != 0) {
+                if let Some(target) = &target {
+                    target.write_all_at(piece, next)?;
+                }
+                seen(next, piece);
+            }
+            next += want as u64;
+        }
     }
     Ok(())
 }
@@ -157,6 +203,33 @@ mod tests {
         fs::write(dir.path().join("templates/disk-64.x.tmp"), "").unwrap();
         clear_unfinished(&dir.path().join("templates"));
         assert_eq!(fs::read_dir(dir.path().join("templates")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_copy_shows_the_same_wherever_the_holes_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sparse, dense) = (dir.path().join("sparse"), dir.path().join("dense"));
+        let mut content = vec![0; 5 * PIECE + 77];
+        for at in [3, PIECE - 1, 3 * PIECE + 5, 5 * PIECE + 76] {
+            content[at] = 7;
+        }
+        fs::write(&dense, &content).unwrap();
+        let file = File::create(&sparse).unwrap();
+        file.set_len(content.len() as u64).unwrap();
+        for (at, byte) in content.iter().enumerate().filter(|(_, byte)| **byte != 0) {
+            std::os::unix::fs::FileExt::write_all_at(&file, &[*byte], at as u64).unwrap();
+        }
+        let show = |from: &Path, to: Option<&Path>| {
+            let mut all = Vec::new();
+            copy_seen(from, to, |at, piece| all.push((at, piece.to_vec()))).unwrap();
+            all
+        };
+        let copy = dir.path().join("copy");
+        let shown = show(&sparse, Some(&copy));
+        assert_eq!(shown, show(&dense, None));
+        assert_eq!(shown.iter().map(|(at, _)| at / PIECE as u64).collect::<Vec<_>>(), [0, 3, 5]);
+        assert_eq!(fs::read(&copy).unwrap(), content);
+        assert!(copy_seen(&sparse, Some(&copy), |_, _| ()).is_err(), "nothing is overwritten");
     }
 
     #[test]

@@ -64,7 +64,8 @@ fn halves(net: IpNet) -> Vec<IpNet> {
     }
 }
 
-/// The rules of a gateway. `host` are the host's own addresses.
+/// The rules of a gateway. `host` are the host's own addresses. Every packet is judged by the policy, that of an open
+/// connection too, in both directions: so a policy that changes changes what is open.
 pub fn gateway_rules(policy: &EgressPolicy, host: &[IpAddr]) -> String {
     let sets = Sets::new(policy, host);
     let mut rules = String::from("table inet tiffin {\n");
@@ -109,10 +110,22 @@ pub fn gateway_rules(policy: &EgressPolicy, host: &[IpAddr]) -> String {
   ip6 daddr @public6 accept
   goto denied
  }}
+ chain ingress {{
+  ct state related accept
+  ct state != established drop
+  ip saddr @never4 drop
+  ip6 saddr @never6 drop
+  ip saddr @named4 accept
+  ip6 saddr @named6 accept
+  ip saddr @guarded4 drop
+  ip6 saddr @guarded6 drop
+  ip saddr @public4 accept
+  ip6 saddr @public6 accept
+ }}
  chain input {{
   type filter hook input priority filter; policy drop;
   iifname lo accept
-  ct state established,related accept
+  ct state established,related ct direction reply accept
   icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
   icmpv6 type {{ nd-router-solicit, mld-listener-report, mld2-listener-report, mld-listener-done }} drop
   iifname {GATEWAY_LINK} ip saddr != {GUEST_V4} drop
@@ -123,7 +136,7 @@ pub fn gateway_rules(policy: &EgressPolicy, host: &[IpAddr]) -> String {
  }}
  chain forward {{
   type filter hook forward priority filter; policy drop;
-  ct state established,related accept
+  iifname {UPLINK} goto ingress
   iifname {GATEWAY_LINK} ip saddr != {GUEST_V4} goto denied
   iifname {GATEWAY_LINK} ip6 saddr != {GUEST_V6} goto denied
   iifname {GATEWAY_LINK} ct state new limit rate over 200/second burst 1000 packets drop
@@ -175,12 +188,13 @@ fn host_rules(uplinks: Ipv4Net) -> String {
     )
 }
 
-/// Puts a gateway's rules in force, in the calling thread's namespace.
+/// Puts a gateway's rules in force, in the calling thread's namespace, in place of those that were: in one transaction.
 ///
 /// # Errors
 /// What `nft` said.
 pub fn apply_gateway(policy: &EgressPolicy, host: &[IpAddr]) -> Result<(), ToolError> {
-    nft(&gateway_rules(policy, host)).map(drop)
+    // `add` first makes the `delete` succeed whether or not the table was there.
+    nft(&format!("add table inet tiffin\ndelete table inet tiffin\n{}", gateway_rules(policy, host))).map(drop)
 }
 
 /// Puts the host's table in force in the calling thread's namespace, in place of the rules that an earlier server left.
@@ -290,6 +304,14 @@ mod tests {
         assert!(!reaches("0.0.0.0/0"));
         assert!(!reaches("203.0.113.0/24"));
         assert!(reaches("203.0.113.9/32"));
+    }
+
+    #[test]
+    fn no_rule_of_a_gateway_lets_a_packet_pass_for_being_of_an_open_connection_alone() {
+        let policy = EgressPolicy { outbound_internet: true, allow: vec!["192.0.2.0/24".parse().unwrap()] };
+        for rule in gateway_rules(&policy, &[]).lines().filter(|rule| rule.contains("established")) {
+            assert!(rule.contains("direction reply") || rule.trim() == "ct state != established drop", "{rule}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod denied;
 pub mod disk;
 pub mod dns;
 pub mod filter;
+pub mod flows;
 pub mod mount;
 pub mod network;
 pub mod process;

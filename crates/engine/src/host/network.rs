@@ -243,16 +243,39 @@ pub fn configure_uplink(
         "link set {UPLINK} addrgenmode none\n\
          addr add {}/31 dev {UPLINK}\n\
          link set {UPLINK} up\n\
-         route add default via {}\n",
+         route replace default via {}\n",
         uplink.gateway, uplink.host
     );
     if ipv6 {
         batch += &format!(
             "addr add {gateway_v6}/127 dev {UPLINK} nodad\n\
-             route add ::/0 via {host_v6} dev {UPLINK}\n"
+             route replace ::/0 via {host_v6} dev {UPLINK}\n"
         );
     }
     ip(&batch)
+}
+
+/// Takes the pair between gateway and host away, and routes as [`configure_gateway`] does without an uplink. Call from
+/// the gateway's namespace; no link there is fine.
+///
+/// # Errors
+/// What `ip` said.
+pub fn remove_uplink() -> Result<(), ToolError> {
+    let mut batch = String::new();
+    if has_link(UPLINK) {
+        batch += &format!("link del {UPLINK}\n");
+    }
+    batch += &format!("route replace default dev {GATEWAY_LINK}\n");
+    if has_ipv6() {
+        batch += &format!("route replace ::/0 dev {GATEWAY_LINK}\n");
+    }
+    ip(&batch)
+}
+
+/// Whether the calling thread's namespace has that interface.
+fn has_link(name: &str) -> bool {
+    let devices = fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default();
+    devices.lines().any(|line| line.trim_start().strip_prefix(name).is_some_and(|rest| rest.starts_with(':')))
 }
 
 fn ip(batch: &str) -> Result<(), ToolError> {

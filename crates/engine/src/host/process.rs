@@ -84,10 +84,12 @@ pub enum ToolError {
         stderr: String,
     },
     /// It took too long and was killed.
-    #[error("{tool} took longer than {} s", TOOL_TIMEOUT.as_secs())]
+    #[error("{tool} took longer than {} s", within.as_secs())]
     TimedOut {
         /// The tool.
         tool: String,
+        /// How long it had.
+        within: Duration,
     },
 }
 
@@ -95,7 +97,15 @@ pub enum ToolError {
 ///
 /// # Errors
 /// [`ToolError`], with what the tool said.
-pub fn run(mut command: Command, input: &str) -> Result<String, ToolError> {
+pub fn run(command: Command, input: &str) -> Result<String, ToolError> {
+    run_within(command, input, TOOL_TIMEOUT)
+}
+
+/// As [`run`], for a tool that may take longer than others.
+///
+/// # Errors
+/// [`ToolError`], with what the tool said.
+pub fn run_within(mut command: Command, input: &str, within: Duration) -> Result<String, ToolError> {
     let tool = Path::new(command.get_program())
         .file_name()
         .map_or_else(|| "tool".into(), |name| name.to_string_lossy().into_owned());
@@ -107,9 +117,9 @@ pub fn run(mut command: Command, input: &str) -> Result<String, ToolError> {
     let writer = std::thread::spawn(move || stdin.as_mut().map(|pipe| pipe.write_all(input.as_bytes())));
     let stdout = collect(child.stdout.take());
     let stderr = collect(child.stderr.take());
-    let status = wait_until(&mut child, Instant::now() + TOOL_TIMEOUT)
+    let status = wait_until(&mut child, Instant::now() + within)
         .map_err(|source| ToolError::Start { tool: tool.clone(), source })?
-        .ok_or_else(|| ToolError::TimedOut { tool: tool.clone() })?;
+        .ok_or_else(|| ToolError::TimedOut { tool: tool.clone(), within })?;
     let _ = writer.join();
     let stderr = stderr.join().unwrap_or_default();
     if !status.success() {
