@@ -219,8 +219,10 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError::BadSnapshot`]. Once this returned, the snapshot may be removed.
     async fn create_from(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError>;
 
-    /// Saves a running or paused VM's memory, CPU state and disk under a new name; the VM goes on as it was. On failure nothing is
-    /// left of the snapshot and the VM goes on too.
+    /// Saves a running or paused VM's memory, CPU state and disk under a new name; the VM goes on as it was, and what runs
+    /// in it isn't disturbed. On failure nothing is left of the snapshot and the VM goes on too. A VM that has something
+    /// which the engine can't save (gVisor: an open connection, an operation of the agent's among them; a deleted file that
+    /// is open) is [`EngineError::WrongState`], with what it is and what to do about it.
     async fn snapshot_save(&self, id: &VmId, into: &SnapshotId) -> Result<Saved, EngineError>;
 
     /// Removes a snapshot; absent is fine.

@@ -8,6 +8,8 @@ use std::{path::Path, process::Command};
 
 use serde_json::{Value, json};
 
+use crate::monitor::launch::Unsavable;
+
 /// The oldest release that the platform trusts: earlier ones lose checkpoints and have no systrap.
 pub const MIN_RELEASE: u32 = 20_240_729;
 
@@ -83,6 +85,41 @@ pub fn bundle_config(root: &Path, agent: &str, network: &Path, hostname: &str) -
 pub fn run(paths: &Paths, pid_file: &Path) -> Command {
     let mut command = runsc(paths);
     command.args(["run", "-detach", "-bundle"]).arg(paths.bundle).arg("-pid-file").arg(pid_file).arg(CONTAINER);
+    command
+}
+
+/// As [`run`], but the guest goes on from the state that [`checkpoint`] wrote to `image`. Its root must be a copy of what
+/// it was at that moment.
+pub fn restore(paths: &Paths, pid_file: &Path, image: &Path) -> Command {
+    let mut command = runsc(paths);
+    command.args(["restore", "-detach", "-bundle"]).arg(paths.bundle).arg("-image-path").arg(image);
+    command.arg("-pid-file").arg(pid_file).arg(CONTAINER);
+    command
+}
+
+/// Writes the guest's memory and CPU state to the folder `image`, and what it has not yet written of its files to its
+/// root. A paused guest stays paused. What it does with an open TCP connection of the guest's to another host depends
+/// on the release (20240729 fails, and leaves the connection deaf): there must be none.
+pub fn checkpoint(paths: &Paths, image: &Path) -> Command {
+    let mut command = runsc(paths);
+    command.args(["checkpoint", "-leave-running", "-compression=none", "-image-path"]).arg(image).arg(CONTAINER);
+    command
+}
+
+/// What the guest has that can't be saved, by what a failed [`checkpoint`] said; `None` when that wasn't it.
+pub fn unsavable(said: &str) -> Option<Unsavable> {
+    [
+        ("unsupported networking state", Unsavable::OpenConnection),
+        ("deleted and invalidated dentries", Unsavable::DeletedFile),
+    ]
+    .into_iter()
+    .find_map(|(words, meaning)| said.contains(words).then_some(meaning))
+}
+
+/// Prints the release to standard output.
+pub fn version(runsc: &Path) -> Command {
+    let mut command = Command::new(runsc);
+    command.arg("--version");
     command
 }
 

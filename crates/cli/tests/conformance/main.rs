@@ -91,4 +91,9 @@ on_every_engine!(
     destroy_while_starting,
     an_end_by_itself_is_told_once,
     a_new_server_adopts_what_runs,
+    a_snapshot_is_taken_up_where_it_was_taken,
+    saves_and_restores_that_make_no_sense_are_refused,
+    a_restored_vm_is_another_one,
+    a_vm_can_be_destroyed_while_it_is_saved_or_restored,
+    a_policy_changes_whether_the_vm_runs_or_not,
 );

@@ -5,8 +5,9 @@ use std::{sync::Arc, time::Duration};
 use tiffin_engine::{Engine, EngineError, LogKind, Observed, Target, agent};
 use tiffin_protocol::AGENT_PORT;
 use tiffin_types::{
-    id::VmId,
-    vm::{EndReason, EndReport, VmSpec},
+    id::{SnapshotId, VmId},
+    network::EgressPolicy,
+    vm::{EndReason, EndReport, VmSize, VmSpec},
 };
 
 use crate::harness::{eventually, sh};
@@ -184,4 +185,216 @@ pub(crate) async fn a_new_server_adopts_what_runs(subject: &mut dyn Subject) {
         engine.destroy(&id).await.unwrap();
     }
     assert_eq!(subject.restart().await, [], "nothing is left to adopt");
+}
+
+/// A VM's memory and files, as far as commands can tell that every engine runs.
+async fn keep(engine: &dyn Engine, id: &VmId, what: &str) {
+    for place in ["/dev/shm/kept", "/workspace/kept"] {
+        sh(engine, id, &format!("echo {what} > {place}")).await;
+    }
+}
+
+async fn kept(engine: &dyn Engine, id: &VmId) -> (String, String) {
+    let read = async |place: &str| sh(engine, id, &format!("cat {place}")).await.stdout.trim().to_owned();
+    (read("/dev/shm/kept").await, read("/workspace/kept").await)
+}
+
+fn both(what: &str) -> (String, String) {
+    (what.to_owned(), what.to_owned())
+}
+
+/// Another VM of the same image and size.
+fn another(spec: &VmSpec) -> VmSpec {
+    VmSpec { id: VmId::random(), ..spec.clone() }
+}
+
+/// A running or paused VM is saved and goes on; VMs made of the snapshot go on from there, each for itself, and boot
+/// after that. The snapshot may go as soon as a VM is made.
+pub(crate) async fn a_snapshot_is_taken_up_where_it_was_taken(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    if !engine.capabilities().snapshot {
+        return;
+    }
+    let spec = subject.spec();
+    let source = spec.id.clone();
+    engine.create(&spec).await.unwrap();
+    engine.start(&source).await.unwrap();
+    keep(&*engine, &source, "first").await;
+    let (running, paused) = (SnapshotId::random(), SnapshotId::random());
+    let saved = engine.snapshot_save(&source, &running).await.unwrap();
+    assert!(saved.size_bytes > 0, "{saved:?}");
+    assert_eq!(engine.observe(&source).await, Observed::Running);
+    keep(&*engine, &source, "second").await;
+    engine.pause(&source).await.unwrap();
+    engine.snapshot_save(&source, &paused).await.unwrap();
+    assert_eq!(engine.observe(&source).await, Observed::Paused, "it goes on as it was");
+    engine.resume(&source).await.unwrap();
+    let mut listed = engine.snapshot_list().await.unwrap();
+    listed.sort();
+    let mut expected = vec![running.clone(), paused.clone()];
+    expected.sort();
+    assert_eq!(listed, expected);
+
+    let (one, two, three) = (another(&spec), another(&spec), another(&spec));
+    for (clone, snapshot) in [(&one, &running), (&two, &running), (&three, &paused)] {
+        engine.create_from(clone, snapshot).await.unwrap();
+        engine.create_from(clone, snapshot).await.expect("creating what exists, as it is, is fine");
+        assert_eq!(engine.observe(&clone.id).await, Observed::Stopped { end: None });
+    }
+    for snapshot in [&running, &paused] {
+        engine.snapshot_remove(snapshot).await.unwrap();
+        engine.snapshot_remove(snapshot).await.expect("removing what is gone is fine");
+    }
+    assert_eq!(engine.snapshot_list().await.unwrap(), []);
+    for (clone, expected) in [(&one, "first"), (&two, "first"), (&three, "second")] {
+        engine.start(&clone.id).await.unwrap();
+        assert_eq!(engine.observe(&clone.id).await, Observed::Running);
+        assert_eq!(kept(&*engine, &clone.id).await, both(expected));
+    }
+    keep(&*engine, &one.id, "mine").await;
+    assert_eq!(kept(&*engine, &two.id).await, both("first"), "two VMs of one snapshot share nothing");
+    assert_eq!(kept(&*engine, &source).await, both("second"));
+    engine.stop(&one.id, GRACE).await.unwrap();
+    engine.start(&one.id).await.unwrap();
+    assert_eq!(kept(&*engine, &one.id).await, (String::new(), "mine".into()), "later starts boot");
+    for id in [&source, &one.id, &two.id, &three.id] {
+        engine.destroy(id).await.unwrap();
+    }
+}
+
+/// What can't be saved or restored is refused, and nothing is left.
+pub(crate) async fn saves_and_restores_that_make_no_sense_are_refused(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    if !engine.capabilities().snapshot {
+        return;
+    }
+    let spec = subject.spec();
+    let snapshot = SnapshotId::random();
+    assert!(engine.snapshot_save(&spec.id, &snapshot).await.is_err(), "there is no such VM");
+    engine.create(&spec).await.unwrap();
+    assert!(matches!(engine.snapshot_save(&spec.id, &snapshot).await, Err(EngineError::WrongState(_))));
+    assert_eq!(engine.snapshot_list().await.unwrap(), []);
+    let missing = engine.create_from(&another(&spec), &snapshot).await;
+    assert!(matches!(missing, Err(EngineError::BadSnapshot(_))), "{missing:?}");
+    engine.start(&spec.id).await.unwrap();
+    engine.snapshot_save(&spec.id, &snapshot).await.unwrap();
+    assert!(engine.snapshot_save(&spec.id, &snapshot).await.is_err(), "the name is taken");
+    assert_eq!(engine.snapshot_list().await.unwrap(), std::slice::from_ref(&snapshot), "and the snapshot still there");
+    for size in [
+        VmSize { cpus: spec.size.cpus + 1, ..spec.size },
+        VmSize { mem_mb: spec.size.mem_mb * 2, ..spec.size },
+        VmSize { disk_mb: spec.size.disk_mb * 2, ..spec.size },
+    ] {
+        let other = VmSpec { size, ..another(&spec) };
+        let refused = engine.create_from(&other, &snapshot).await;
+        assert!(matches!(refused, Err(EngineError::Invalid(_))), "{refused:?}");
+        assert_eq!(engine.observe(&other.id).await, Observed::Absent);
+    }
+    says_hello(&*engine, &spec.id).await;
+    engine.destroy(&spec.id).await.unwrap();
+    engine.snapshot_remove(&snapshot).await.unwrap();
+    assert_eq!(subject.restart().await, [], "nothing is left to adopt");
+}
+
+/// A VM made of a snapshot is adopted, watched and ended as any other; its secret is its own.
+pub(crate) async fn a_restored_vm_is_another_one(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    if !engine.capabilities().snapshot {
+        return;
+    }
+    let spec = subject.spec();
+    engine.create(&spec).await.unwrap();
+    engine.start(&spec.id).await.unwrap();
+    let snapshot = SnapshotId::random();
+    engine.snapshot_save(&spec.id, &snapshot).await.unwrap();
+    let clone = another(&spec);
+    engine.create_from(&clone, &snapshot).await.unwrap();
+    engine.start(&clone.id).await.unwrap();
+    let mut seen = subject.restart().await;
+    seen.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut expected = vec![(spec.id.clone(), Observed::Running), (clone.id.clone(), Observed::Running)];
+    expected.sort_by(|a, b| a.0.cmp(&b.0));
+    assert_eq!(seen, expected);
+    let engine = subject.engine();
+    assert_eq!(engine.snapshot_list().await.unwrap(), std::slice::from_ref(&snapshot), "snapshots outlive the server");
+    for id in [&spec.id, &clone.id] {
+        says_hello(&*engine, id).await;
+    }
+    subject.kill_engine_process(&clone.id).await;
+    let ended = next_end(&*engine).await;
+    assert_eq!((ended.id, ended.report.reason), (clone.id.clone(), EndReason::EngineLost));
+    says_hello(&*engine, &spec.id).await;
+    engine.start(&clone.id).await.unwrap();
+    says_hello(&*engine, &clone.id).await;
+    for id in [&spec.id, &clone.id] {
+        engine.destroy(id).await.unwrap();
+    }
+    engine.snapshot_remove(&snapshot).await.unwrap();
+}
+
+/// A destroy wins over a save and over a restore.
+pub(crate) async fn a_vm_can_be_destroyed_while_it_is_saved_or_restored(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    if !engine.capabilities().snapshot {
+        return;
+    }
+    let spec = subject.spec();
+    engine.create(&spec).await.unwrap();
+    engine.start(&spec.id).await.unwrap();
+    let (first, second) = (SnapshotId::random(), SnapshotId::random());
+    engine.snapshot_save(&spec.id, &first).await.unwrap();
+    let clone = another(&spec);
+    engine.create_from(&clone, &first).await.unwrap();
+    let starting = {
+        let (engine, id) = (Arc::clone(&engine), clone.id.clone());
+        tokio::task::spawn(async move { engine.start(&id).await })
+    };
+    eventually("the start is under way", async || !matches!(engine.observe(&clone.id).await, Observed::Stopped { .. }))
+        .await;
+    engine.destroy(&clone.id).await.unwrap();
+    let _ = starting.await.unwrap();
+    assert_eq!(engine.observe(&clone.id).await, Observed::Absent);
+
+    let saving = {
+        let (engine, id, into) = (Arc::clone(&engine), spec.id.clone(), second.clone());
+        tokio::task::spawn(async move { engine.snapshot_save(&id, &into).await })
+    };
+    tokio::task::yield_now().await;
+    engine.destroy(&spec.id).await.unwrap();
+    // It may have been saved in the moment before.
+    let was_saved = saving.await.unwrap().is_ok();
+    assert_eq!(engine.observe(&spec.id).await, Observed::Absent);
+    assert_eq!(engine.snapshot_list().await.unwrap().contains(&second), was_saved);
+    for snapshot in [&first, &second] {
+        engine.snapshot_remove(snapshot).await.unwrap();
+    }
+    assert_eq!(subject.restart().await, [], "nothing is left to adopt");
+}
+
+/// What a VM may reach can be changed at any time, and holds for later runs.
+pub(crate) async fn a_policy_changes_whether_the_vm_runs_or_not(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    if !engine.capabilities().snapshot {
+        return;
+    }
+    let listed = |net: &str| EgressPolicy { outbound_internet: true, allow: vec![net.parse().expect("a network")] };
+    assert!(matches!(engine.set_egress(&VmId::random(), &EgressPolicy::default()).await, Err(EngineError::Absent)));
+    let id = created(subject).await;
+    engine.set_egress(&id, &listed("192.0.2.0/24")).await.unwrap();
+    engine.start(&id).await.unwrap();
+    for policy in [EgressPolicy::default(), listed("192.0.2.0/25"), listed("198.51.100.0/24"), EgressPolicy::default()]
+    {
+        engine.set_egress(&id, &policy).await.unwrap();
+        engine.set_egress(&id, &policy).await.expect("the same again is fine");
+        says_hello(&*engine, &id).await;
+    }
+    engine.pause(&id).await.unwrap();
+    engine.set_egress(&id, &listed("192.0.2.0/24")).await.unwrap();
+    assert_eq!(engine.observe(&id).await, Observed::Paused);
+    engine.resume(&id).await.unwrap();
+    says_hello(&*engine, &id).await;
+    engine.stop(&id, GRACE).await.unwrap();
+    engine.start(&id).await.unwrap();
+    says_hello(&*engine, &id).await;
+    engine.destroy(&id).await.unwrap();
 }

@@ -7,6 +7,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read, Write},
+    net::SocketAddr,
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
@@ -23,23 +24,22 @@ use nix::{
     sched::{CloneFlags, unshare},
     unistd::Pid,
 };
-use tiffin_protocol::{Boot, Event, HEADER, Kind, decode_header};
-use tiffin_types::{
-    limits,
-    vm::{EndReason, EndReport},
-};
+use tiffin_protocol::{Event, HEADER, Kind, decode_header};
+use tiffin_types::vm::{EndReason, EndReport};
 
 use super::{
-    launch::{DISK, Phase, SCRATCH},
+    agent,
+    end::forget_memory,
+    launch::{self, DISK, MEMORY, Phase, RESTORE, SCRATCH},
     state::Vm,
 };
 use crate::{
     gvisor,
     host::{
         denied::Listener,
-        dns, filter,
+        dns, filter, flows,
         mount::{mount_disk, mount_overlay},
-        network,
+        network::{self, Uplink},
     },
 };
 
@@ -88,6 +88,7 @@ fn report(vm: &Vm, reason: EndReason, message: &str) -> EndReport {
 fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
     let reached = |what: &str| vm.engine_log.line(format!("{what} after {} ms", begun.elapsed().as_millis()));
     leave_the_host(vm)?;
+    let restore = vm.launch.restore.as_ref();
     let (gate, opener) = pipe()?;
     let (forked, forker) = pipe()?;
     let pid_file = vm.scratch("sandbox.pid");
@@ -101,6 +102,8 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
         let mut opener = File::from(opener);
         let opened = prepared
             .and_then(|()| if vm.stop_requested() { Err("stopped while starting".into()) } else { Ok(()) })
+            // From here on the guest may write to its disk, which then no longer is that of its saved memory.
+            .and_then(|()| launch::remove(&vm.folder, RESTORE).map_err(|e| step("forgetting the saved memory", e)))
             .and_then(|()| opener.write_all(b"g").map_err(|e| step("opening the gate", e)));
         reached("everything prepared");
         // The engine waits at the gate: closed without a word, it gives up.
@@ -108,9 +111,17 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
         let engine = join(engine);
         opened.and(engine)
     })?;
-    boot_agent(vm, &mut child)?;
+    listen_to(vm, &mut child)?;
+    match restore {
+        None => boot_agent(vm, &mut child)?,
+        Some(_) => File::open(&vm.folder).and_then(|dir| dir.sync_all()).map_err(|e| step("the VM's folder", e))?,
+    }
     wait_for_launcher(vm, &mut child, deadline)?;
     reached("engine launched");
+    if let Some(saved) = restore {
+        forget_memory(&vm.folder).map_err(|e| step("removing the saved memory", e))?;
+        rename_guest(vm, saved.token.clone(), deadline)?;
+    }
     if vm.stop_requested() {
         // Whoever asked may have killed everything a moment before there was anything to kill.
         vm.kill_all();
@@ -159,6 +170,7 @@ fn prepare<'scope>(vm: &'scope Arc<Vm>, scope: &'scope thread::Scope<'scope, '_>
     let filter = scope.spawn(|| {
         let listener = Listener::open().map_err(|e| step("listening for denied packets", e))?;
         filter::apply_gateway(&vm.launch.spec.egress, &vm.host_addresses).map_err(|e| step("the packet filter", e))?;
+        flows::configure();
         Ok(listener)
     });
     let disk = scope.spawn(|| mount_root(vm));
@@ -195,11 +207,20 @@ fn configure_network(vm: &Vm) -> Step<()> {
     let launch = &vm.launch;
     network::configure_gateway(launch.uplink.is_some()).map_err(|e| step("the gateway", e))?;
     let Some(uplink) = launch.uplink else { return Ok(()) };
-    network::configure_uplink(&launch.spec.id, uplink, &vm.host_namespace, std::process::id())
+    connect_uplink(vm, uplink, &launch.resolvers)?;
+    on_host(vm, || filter::open_host(&launch.spec.id, &launch.spec.egress)).map_err(|e| step("the host's filter", e))
+}
+
+/// Makes the link to the host, and serves names from then on (the filter decides whether they may be asked).
+pub(super) fn connect_uplink(vm: &Vm, uplink: Uplink, resolvers: &[SocketAddr]) -> Step<()> {
+    network::configure_uplink(&vm.launch.spec.id, uplink, &vm.host_namespace, std::process::id())
         .map_err(|e| step("the uplink", e))?;
-    on_host(vm, || filter::open_host(&launch.spec.id, &launch.spec.egress))
-        .map_err(|e| step("the host's filter", e))?;
-    dns::serve(network::GATEWAY_V4, launch.resolvers.clone(), &vm.host_namespace).map_err(|e| step("the resolver", e))
+    if vm.resolver.get().is_some() {
+        return Ok(());
+    }
+    dns::serve(network::GATEWAY_V4, resolvers.to_vec(), &vm.host_namespace).map_err(|e| step("the resolver", e))?;
+    let _ = vm.resolver.set(());
+    Ok(())
 }
 
 /// Does something in the host's network namespace, on a thread of its own.
@@ -246,7 +267,10 @@ fn spawn_engine(vm: &Vm, (gate, opener): (RawFd, RawFd), forker: OwnedFd, pid_fi
     vm.group.create(vm.launch.spec.size).map_err(|e| step("the control groups", e))?;
     vm.note_oom_kills();
     let door = vm.group.door().map_err(|e| step("the control groups", e))?;
-    let mut command: Command = vm.with_paths(|paths| gvisor::run(paths, pid_file));
+    let mut command: Command = vm.with_paths(|paths| match vm.launch.restore {
+        None => gvisor::run(paths, pid_file),
+        Some(_) => gvisor::restore(paths, pid_file, &vm.folder.join(MEMORY)),
+    });
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear();
     // SAFETY: only system calls that are async-signal-safe, on descriptors that are open in the parent until the spawn
     // has returned.
@@ -266,24 +290,8 @@ fn spawn_engine(vm: &Vm, (gate, opener): (RawFd, RawFd), forker: OwnedFd, pid_fi
     command.spawn().map_err(|e| step("starting runsc", e))
 }
 
-/// Tells the agent who it is, and listens to what it and the engine say from then on.
-fn boot_agent(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
-    let spec = &vm.launch.spec;
-    let mut addresses = vec![network::GUEST_V4.to_string()];
-    if vm.ipv6 {
-        addresses.push(network::GUEST_V6.to_owned());
-    }
-    let resolvers = vm.launch.uplink.map(|_| network::GATEWAY_V4.to_string()).into_iter().collect();
-    let boot = Boot {
-        token: vm.launch.token.clone(),
-        hostname: spec.id.as_str().to_owned(),
-        addresses,
-        resolvers,
-        cpus: spec.size.cpus,
-        max_pids: limits::GUEST_PIDS,
-    };
-    let mut line = serde_json::to_vec(&boot).map_err(|e| step("the agent's boot line", e))?;
-    line.push(b'\n');
+/// Listens to what the agent and the engine say from now on.
+fn listen_to(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
     if let Some(events) = child.stdout.take() {
         let of = Arc::clone(vm);
         vm.add_listener("events", move || follow_events(&of, events)).map_err(|e| step("a thread", e))?;
@@ -292,11 +300,35 @@ fn boot_agent(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
         let of = Arc::clone(vm);
         vm.add_listener("console", move || of.console.copy_from(console)).map_err(|e| step("a thread", e))?;
     }
+    Ok(())
+}
+
+/// Tells the agent who it is.
+fn boot_agent(vm: &Vm, child: &mut Child) -> Step<()> {
+    let mut line = serde_json::to_vec(&agent::identity(vm)).map_err(|e| step("the agent's boot line", e))?;
+    line.push(b'\n');
     if let Some(mut stdin) = child.stdin.take() {
         // A launcher that has ended doesn't read; its exit status says more than the broken pipe.
         let _ = stdin.write_all(&line);
     }
     Ok(())
+}
+
+/// Makes the guest that was saved under `old_token` this VM, and then it is ready. On a thread, so that its end is noticed
+/// meanwhile.
+fn rename_guest(vm: &Arc<Vm>, old_token: String, deadline: Instant) -> Step<()> {
+    let vm = Arc::clone(vm);
+    let rename = move || match agent::become_this(&vm, &old_token, deadline) {
+        Ok(()) => vm.ready(),
+        // The boot's watch says so.
+        Err(_) if Instant::now() >= deadline => {}
+        Err(error) => {
+            vm.errors.line(format!("renewing the guest: {error}"));
+            vm.decide_end(EndReason::BootFailed, "the saved guest did not take its new identity");
+        }
+    };
+    let thread = thread::Builder::new().name("renew".into()).stack_size(128 * 1024);
+    thread.spawn(rename).map(drop).map_err(|e| step("a thread", e))
 }
 
 /// Follows the agent's events until the pipe ends. What breaks the protocol ends the following, not the reading: a

@@ -5,14 +5,13 @@
 
 use std::{
     io::{self, BufRead, BufReader, IoSlice, Read, Write},
-    net::{SocketAddr, TcpStream},
     os::{
         fd::AsRawFd,
         unix::net::{UnixListener, UnixStream},
     },
     process::Command,
     sync::{
-        Arc,
+        Arc, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
@@ -20,23 +19,19 @@ use std::{
 };
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use tiffin_protocol::{AGENT_PORT, HEADER, Kind, Op, Request, Shutdown, decode_header, encode};
 
 use super::{
+    agent, egress,
     launch::{Ask, Phase, Reply},
+    save,
     state::{Vm, Waiter},
 };
-use crate::{
-    gvisor,
-    host::{network::GUEST_V4, process},
-};
+use crate::{gvisor, host::process};
 
 /// Connections at once.
 const MAX_CONNECTIONS: usize = 256;
 /// Bytes of a question.
 const MAX_ASK: u64 = 4096;
-/// How long a connection into the guest may take.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often it is looked whether somebody who waits for the guest's end is still there.
 const HANG_UP_INTERVAL: Duration = Duration::from_secs(2);
 /// How much longer than its grace a shutdown may take before the guest is killed.
@@ -91,6 +86,14 @@ fn serve_one(vm: &Vm, mut connection: UnixStream) -> io::Result<()> {
         Ask::Denied => {
             let denied = vm.denied.lock().map(|counts| counts.report()).unwrap_or_default();
             say(&mut connection, &Reply::Denied { denied })
+        }
+        Ask::Save { into } => {
+            let reply = save::save(vm, &into);
+            say(&mut connection, &reply)
+        }
+        Ask::Egress => {
+            let reply = egress::change(vm);
+            say(&mut connection, &reply)
         }
     }
 }
@@ -151,7 +154,11 @@ fn dial(vm: &Vm, connection: &mut UnixStream, port: u16) -> io::Result<()> {
     if vm.phase() != Phase::Running {
         return say(connection, &Reply::NotRunning);
     }
-    match guest(port) {
+    let dialled = {
+        let _allowed = vm.dials.read().unwrap_or_else(PoisonError::into_inner);
+        agent::dial(port)
+    };
+    match dialled {
         Ok(stream) => {
             let fds = [stream.as_raw_fd()];
             let reply = line(&Reply::Dialled)?;
@@ -168,13 +175,6 @@ fn dial(vm: &Vm, connection: &mut UnixStream, port: u16) -> io::Result<()> {
     }
 }
 
-/// A connection into the guest: the monitor is in the gateway's namespace, so the guest is its neighbour.
-fn guest(port: u16) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST_V4, port)), DIAL_TIMEOUT)?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
-}
-
 /// Asks the guest to end and kills what is left after the grace.
 fn stop(vm: &Vm, grace: Duration, waiter: &Waiter) {
     vm.request_stop();
@@ -183,32 +183,13 @@ fn stop(vm: &Vm, grace: Duration, waiter: &Waiter) {
         vm.set_phase(Phase::Running);
     }
     if vm.phase() == Phase::Running {
-        match shut_down(vm, grace) {
+        match agent::shut_down(vm, grace, grace + STOP_MARGIN) {
             Ok(()) if waiter.wait(Some(deadline)).is_some() => return,
             Ok(()) => vm.engine_log.line("the guest did not end within the grace: killed"),
             Err(error) => vm.engine_log.line(format!("the guest could not be asked to end ({error}): killed")),
         }
     }
     vm.kill_all();
-}
-
-/// The agent's shutdown request. Its answer comes when every process is gone.
-fn shut_down(vm: &Vm, grace: Duration) -> io::Result<()> {
-    let mut agent = guest(AGENT_PORT)?;
-    agent.set_read_timeout(Some(grace + STOP_MARGIN))?;
-    let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-    let request = Request { token: vm.launch.token.clone(), op: Op::Shutdown(Shutdown { grace_ms }) };
-    let request = serde_json::to_vec(&request).map_err(io::Error::other)?;
-    agent.write_all(&encode(Kind::Request, &request))?;
-    let mut header = [0; HEADER];
-    agent.read_exact(&mut header)?;
-    decode_header(header).map_err(io::Error::other)?;
-    let mut kind = [0; 1];
-    agent.read_exact(&mut kind)?;
-    match Kind::from_byte(kind[0]).map_err(io::Error::other)? {
-        Kind::Done => Ok(()),
-        other => Err(io::Error::other(format!("the agent answered {other:?}"))),
-    }
 }
 
 fn freeze(
@@ -218,6 +199,7 @@ fn freeze(
     to: Phase,
     command: impl FnOnce(&gvisor::Paths) -> Command,
 ) -> io::Result<()> {
+    let _alone = vm.tools.lock().unwrap_or_else(PoisonError::into_inner);
     let phase = vm.phase();
     if phase == to {
         return say(connection, &Reply::Done);
@@ -228,6 +210,9 @@ fn freeze(
     match run(vm, command) {
         Ok(()) => {
             vm.set_phase(to);
+            if to == Phase::Running && vm.owes_news() {
+                egress::tell(vm);
+            }
             say(connection, &Reply::Done)
         }
         Err(error) => {
@@ -237,6 +222,7 @@ fn freeze(
     }
 }
 
-fn run(vm: &Vm, command: impl FnOnce(&gvisor::Paths) -> Command) -> Result<(), process::ToolError> {
+/// Runs one of the engine's tools.
+pub(super) fn run(vm: &Vm, command: impl FnOnce(&gvisor::Paths) -> Command) -> Result<(), process::ToolError> {
     process::run(vm.with_paths(command), "").map(drop)
 }

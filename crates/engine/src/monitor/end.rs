@@ -1,6 +1,7 @@
 //! The end of a guest: noticing it, naming its reason, and leaving the host clean.
 
 use std::{
+    fs, io,
     path::Path,
     sync::Arc,
     thread,
@@ -15,7 +16,7 @@ use tiffin_types::vm::{EndReason, EndReport};
 
 use super::{
     boot::on_host,
-    launch::{self, END, SOCKET},
+    launch::{self, END, MEMORY, RESTORE, SOCKET},
     state::Vm,
 };
 use crate::host::{filter, mount};
@@ -93,12 +94,15 @@ pub(super) fn finish(vm: &Vm, report: EndReport) {
     if let Err(error) = vm.group.remove() {
         vm.errors.line(format!("removing the control groups: {error}"));
     }
-    if vm.launch.uplink.is_some() {
-        let spec = &vm.launch.spec;
+    let reach = vm.reach();
+    if reach.uplink.is_some() {
         let _ = on_host(vm, || {
-            filter::close_host(&spec.id, &spec.egress);
+            filter::close_host(&vm.launch.spec.id, &reach.egress);
             Ok::<(), std::convert::Infallible>(())
         });
+    }
+    if let Err(error) = forget_memory(&vm.folder) {
+        vm.errors.line(format!("removing the saved memory: {error}"));
     }
     vm.engine_log.line(format!("ended: {} ({})", report.reason.as_str(), report.message));
     if let Err(error) = launch::write(&vm.folder, END, &report, true) {
@@ -109,8 +113,19 @@ pub(super) fn finish(vm: &Vm, report: EndReport) {
     let _ = launch::remove(&vm.folder, SOCKET);
 }
 
+/// Removes the memory that the guest was to go on from, unless it hasn't been tried.
+pub(super) fn forget_memory(folder: &Path) -> io::Result<()> {
+    if folder.join(RESTORE).exists() {
+        return Ok(());
+    }
+    match fs::remove_dir_all(folder.join(MEMORY)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// The mount of a process that has just been reaped may be busy for a moment.
-fn unmount(at: &Path) -> std::io::Result<()> {
+fn unmount(at: &Path) -> io::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(3);
     loop {
         match mount::unmount(at) {

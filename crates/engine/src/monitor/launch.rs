@@ -27,6 +27,11 @@ pub const LAUNCH: &str = "launch.json";
 pub const RUN: &str = "run.json";
 /// How the last run ended.
 pub const END: &str = "end.json";
+/// What the first start goes on from, while it hasn't been tried: the guest's saved identity. Written at create, removed
+/// by the monitor the moment before the guest may run.
+pub const RESTORE: &str = "restore.json";
+/// The guest's saved memory and CPU state, beside [`RESTORE`].
+pub const MEMORY: &str = "memory";
 /// The monitor's socket.
 pub const SOCKET: &str = "monitor.sock";
 /// The VM's writable layer.
@@ -55,6 +60,23 @@ pub struct Launch {
     pub token: String,
     /// How long the guest has to come up, in milliseconds.
     pub boot_timeout_ms: u64,
+    /// The engine's release; snapshots of this run can be restored by no other.
+    #[serde(default)]
+    pub engine_version: String,
+    /// The saved guest to go on from, instead of booting.
+    #[serde(default)]
+    pub restore: Option<Restore>,
+}
+
+/// A saved guest, as the one that becomes another needs to know it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Restore {
+    /// The agent's secret when it was saved.
+    pub token: String,
+    /// The folder of the agent that it runs, by its name.
+    pub agent: String,
+    /// The engine's release that saved it.
+    pub engine_version: String,
 }
 
 /// The monitor's process, written before its first stage ends.
@@ -92,6 +114,14 @@ pub enum Ask {
     Resume,
     /// What the network refused; [`Reply::Denied`].
     Denied,
+    /// Save memory, CPU state and disk into a folder; the guest goes on. [`Reply::Saved`], or [`Reply::Unsavable`],
+    /// [`Reply::Full`].
+    Save {
+        /// The folder.
+        into: PathBuf,
+    },
+    /// `launch.json` has another policy, and an uplink where it needs one: they hold from now on. [`Reply::Done`].
+    Egress,
 }
 
 /// A monitor's answer: one line of JSON.
@@ -119,6 +149,18 @@ pub enum Reply {
         /// The counts.
         denied: Denied,
     },
+    /// It is saved.
+    Saved {
+        /// For how many microseconds the guest stood still.
+        paused_us: u64,
+    },
+    /// The guest can't be saved as it is.
+    Unsavable {
+        /// What is in the way.
+        what: Unsavable,
+    },
+    /// The host's disk is full.
+    Full,
     /// The guest's phase isn't one for that.
     NotRunning,
     /// It can't be done.
@@ -126,6 +168,31 @@ pub enum Reply {
         /// Why.
         message: String,
     },
+}
+
+/// What a guest may have that an engine can't save.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unsavable {
+    /// A TCP connection to somebody outside the guest, the server among them.
+    OpenConnection,
+    /// A file that is open and has no name any more.
+    DeletedFile,
+}
+
+impl Unsavable {
+    /// The VM's state, and the remedy.
+    pub fn state(self) -> &'static str {
+        match self {
+            Self::OpenConnection => {
+                "in touch with others, and can't be saved meanwhile: let the commands and file operations that run in it \
+                 end, close its connections to the outside (one that it closed counts for another minute) and try again"
+            }
+            Self::DeletedFile => {
+                "holding a deleted file open, and can't be saved meanwhile: end the program that does and try again"
+            }
+        }
+    }
 }
 
 /// Where a guest is.

@@ -12,11 +12,14 @@
 //!
 //! It is threads and blocking calls, no runtime: it must stay small, for there is one per VM.
 
+mod agent;
 mod boot;
 mod control;
+mod egress;
 mod end;
 pub mod launch;
 pub mod log;
+mod save;
 mod state;
 
 use std::{

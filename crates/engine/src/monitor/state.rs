@@ -6,14 +6,17 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
+        Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use tiffin_types::vm::{EndReason, EndReport};
+use tiffin_types::{
+    network::EgressPolicy,
+    vm::{EndReason, EndReport},
+};
 
 use super::{
     Host,
@@ -26,7 +29,7 @@ use crate::{
     host::{
         cgroup::{Cgroups, Group},
         denied::Counts,
-        network::has_ipv6,
+        network::{Uplink, has_ipv6},
     },
 };
 
@@ -46,12 +49,31 @@ pub(super) struct Vm {
     pub(super) console: Log,
     pub(super) errors: Log,
     pub(super) denied: Mutex<Counts>,
+    /// What the guest may reach at the moment.
+    reach: Mutex<Reach>,
+    /// The guest doesn't know yet what has changed of its network.
+    owes_news: AtomicBool,
+    /// Names are served from the first time that something is allowed.
+    pub(super) resolver: OnceLock<()>,
+    /// Held by whoever pauses, resumes, saves or changes the guest's network: one at a time.
+    pub(super) tools: Mutex<()>,
+    /// Held while a connection into the guest is made (read), and while there must be none (write).
+    pub(super) dials: RwLock<()>,
     /// Somebody asked for the end: whatever ends the guest from now on was asked for.
     stop_requested: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
     /// Threads that read what the guest says, until its last word.
     listeners: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What a guest may reach, and by what.
+#[derive(Debug, Clone)]
+pub(super) struct Reach {
+    /// The policy.
+    pub(super) egress: EgressPolicy,
+    /// The link to the host, when something is allowed.
+    pub(super) uplink: Option<Uplink>,
 }
 
 #[derive(Debug)]
@@ -71,6 +93,11 @@ impl Vm {
             group: Cgroups::detect()?.group(&launch.spec.id),
             ipv6: has_ipv6(),
             oom_kills_before: AtomicU64::new(0),
+            reach: Mutex::new(Reach { egress: launch.spec.egress.clone(), uplink: launch.uplink }),
+            owes_news: AtomicBool::new(false),
+            resolver: OnceLock::new(),
+            tools: Mutex::default(),
+            dials: RwLock::default(),
             engine_log: log(LogKind::Engine),
             console: log(LogKind::Console),
             errors: log(LogKind::EngineErrors),
@@ -111,6 +138,26 @@ impl Vm {
         for listener in listeners {
             let _ = listener.join();
         }
+    }
+
+    pub(super) fn reach(&self) -> Reach {
+        self.reach.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_reach(&self, reach: Reach) {
+        *self.reach.lock().unwrap_or_else(PoisonError::into_inner) = reach;
+    }
+
+    pub(super) fn uplink(&self) -> Option<Uplink> {
+        self.reach().uplink
+    }
+
+    pub(super) fn owes_news(&self) -> bool {
+        self.owes_news.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn owe_news(&self, owes: bool) {
+        self.owes_news.store(owes, Ordering::SeqCst);
     }
 
     pub(super) fn phase(&self) -> Phase {

@@ -1,6 +1,7 @@
 //! The agent's program, as guests find it: in a folder of its own per version, which is laid over each guest's root.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -29,4 +30,17 @@ pub(super) fn install(agent: &Path, data_dir: &Path) -> io::Result<PathBuf> {
     fs::set_permissions(&unfinished, fs::Permissions::from_mode(0o755))?;
     fs::rename(&unfinished, &at)?;
     Ok(dir)
+}
+
+/// Removes every version but that in `own` and those that are `needed`, by the names of their folders.
+pub(super) fn remove_others(own: &Path, needed: &BTreeSet<String>) -> io::Result<()> {
+    let Some(all) = own.parent() else { return Ok(()) };
+    for entry in fs::read_dir(all)? {
+        let path = entry?.path();
+        let is_needed = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| needed.contains(name));
+        if path != own && !is_needed {
+            fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
 }

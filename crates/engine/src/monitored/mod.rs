@@ -6,9 +6,12 @@
 mod agent;
 mod clean;
 mod config;
+mod egress;
 mod folder;
 mod images;
 mod leftovers;
+mod save;
+mod snapshots;
 mod stream;
 mod talk;
 mod uplinks;
@@ -36,7 +39,9 @@ pub use self::{
     clean::{Cleaned, clean},
     config::HostConfig,
 };
-use self::{images::Images, leftovers::Leftovers, stream::GuestStream, uplinks::Uplinks, watch::Watch};
+use self::{
+    images::Images, leftovers::Leftovers, snapshots::Snapshots, stream::GuestStream, uplinks::Uplinks, watch::Watch,
+};
 use crate::{
     Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Saved, Started, Target,
     host::{
@@ -66,6 +71,7 @@ pub struct Monitored {
     images: Images,
     /// The folder that is laid over every guest's root: it holds the agent.
     agent_dir: PathBuf,
+    snapshots: Arc<Snapshots>,
     watches: Arc<Mutex<HashMap<VmId, Watch>>>,
     uplinks: Uplinks,
     ends: mpsc::Sender<Ended>,
@@ -100,6 +106,9 @@ impl Monitored {
             images: Images::new(&config),
             agent_dir: agent::install(&config.agent, &config.data_dir)
                 .map_err(|e| EngineError::host(format!("installing the agent {}", config.agent.display()), e))?,
+            snapshots: Arc::new(
+                Snapshots::open(&config).map_err(|e| EngineError::host("opening the snapshots' folder", e))?,
+            ),
             uplinks: Uplinks::new(config.uplinks),
             config: Arc::new(config),
             cgroups,
@@ -192,18 +201,16 @@ impl Engine for Monitored {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { pause: true, snapshot: false, kernels: false }
+        Capabilities { pause: true, snapshot: true, kernels: false }
     }
 
     async fn create(&self, spec: &VmSpec) -> Result<(), EngineError> {
-        let dir = self.folder(&spec.id);
-        match launch::read::<VmSpec>(&dir, SPEC) {
-            Ok(Some(existing)) if existing == *spec => return Ok(()),
-            Ok(Some(_)) => return Err(EngineError::Invalid("another VM has this id".into())),
-            Ok(None) | Err(_) => {}
+        if self.is_made(spec)? {
+            return Ok(());
         }
         self.check_room()?;
         self.images.require(&spec.image)?;
+        let dir = self.folder(&spec.id);
         let (spec, templates) = (spec.clone(), self.config.data_dir.join("templates"));
         tokio::task::spawn_blocking(move || folder::create(&dir, &spec, &templates))
             .await
@@ -227,18 +234,22 @@ impl Engine for Monitored {
             over.map_err(|_| EngineError::WrongState("not answering"))?;
         }
         self.check_room()?;
+        let (restore, agent_dir) = self.restore_of(id)?;
+        let engine_version = self.engine_version().await?;
         let image = self.images.mounted(&spec.image).await?;
         let uplink = if spec.egress.allows_something() { Some(self.uplinks.take(id).await?) } else { None };
         let launch = Launch {
             spec,
             engine: self.name(),
             image,
-            agent_dir: self.agent_dir.clone(),
+            agent_dir,
             runsc: self.config.runsc.clone(),
             uplink,
             resolvers: self.config.resolvers.clone(),
             token: hex::encode(rand::random::<[u8; 32]>()),
             boot_timeout_ms: u64::try_from(self.config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
+            engine_version,
+            restore,
         };
         if let Err(error) = self.start_monitor(id, &launch).await {
             self.uplinks.free(id);
@@ -262,24 +273,27 @@ impl Engine for Monitored {
         }
     }
 
-    async fn create_from(&self, _spec: &VmSpec, _snapshot: &SnapshotId) -> Result<(), EngineError> {
-        Err(EngineError::Unsupported { engine: "gvisor", what: "restore snapshots" })
+    async fn create_from(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError> {
+        self.create_saved(spec, snapshot).await
     }
 
-    async fn snapshot_save(&self, _id: &VmId, _into: &SnapshotId) -> Result<Saved, EngineError> {
-        Err(EngineError::Unsupported { engine: "gvisor", what: "save snapshots" })
+    async fn snapshot_save(&self, id: &VmId, into: &SnapshotId) -> Result<Saved, EngineError> {
+        self.save(id, into).await
     }
 
-    async fn snapshot_remove(&self, _snapshot: &SnapshotId) -> Result<(), EngineError> {
-        Ok(())
+    async fn snapshot_remove(&self, snapshot: &SnapshotId) -> Result<(), EngineError> {
+        let (snapshots, id) = (Arc::clone(&self.snapshots), snapshot.clone());
+        let removed = blocking(move || snapshots.remove(&id)).await;
+        removed.map_err(|e| EngineError::host(format!("removing {snapshot}"), e))
     }
 
     async fn snapshot_list(&self) -> Result<Vec<SnapshotId>, EngineError> {
-        Ok(Vec::new())
+        let snapshots = Arc::clone(&self.snapshots);
+        blocking(move || snapshots.list()).await.map_err(|e| EngineError::host("listing the snapshots", e))
     }
 
-    async fn set_egress(&self, _id: &VmId, _egress: &EgressPolicy) -> Result<(), EngineError> {
-        Err(EngineError::Unsupported { engine: "gvisor", what: "change a network policy" })
+    async fn set_egress(&self, id: &VmId, egress: &EgressPolicy) -> Result<(), EngineError> {
+        self.change_egress(id, egress).await
     }
 
     async fn stop(&self, id: &VmId, grace: Duration) -> Result<EndReport, EngineError> {
@@ -365,6 +379,10 @@ impl Engine for Monitored {
             seen.push((id.clone(), self.adopt_one(&id).await));
         }
         leftovers::sweep_orphans(&self.cgroups, &vms);
+        self.snapshots.remove_ruins().map_err(|e| EngineError::host("clearing the snapshots' folder", e))?;
+        if let Err(error) = self.remove_old_agents(&seen) {
+            tracing::warn!("old agents stay: {error}");
+        }
         let used: Vec<_> = seen.iter().filter_map(|(id, _)| Some(self.spec(id).ok()?.image)).collect();
         self.images.release_unused(&used);
         Ok(seen)
@@ -413,6 +431,15 @@ impl Engine for Monitored {
 }
 
 impl Monitored {
+    /// Whether the VM is there already, with this spec.
+    fn is_made(&self, spec: &VmSpec) -> Result<bool, EngineError> {
+        match launch::read::<VmSpec>(&self.folder(&spec.id), SPEC) {
+            Ok(Some(existing)) if existing == *spec => Ok(true),
+            Ok(Some(_)) => Err(EngineError::Invalid("another VM has this id".into())),
+            Ok(None) | Err(_) => Ok(false),
+        }
+    }
+
     async fn freeze(&self, id: &VmId, ask: &Ask) -> Result<(), EngineError> {
         match talk::ask(&self.folder(id), ask, FREEZE).await {
             Ok(Reply::Done) => Ok(()),

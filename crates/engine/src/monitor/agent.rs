@@ -1,0 +1,132 @@
+//! What the monitor itself asks of the agent: to end the guest, and to become another.
+//!
+//! Blocking, bounded in time, one connection per operation. What the agent answers is a guest's word: its kind is looked
+//! at, and of a refusal the code.
+
+use std::{
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use tiffin_protocol::{
+    AGENT_PORT, Boot, Failure, FailureCode, HEADER, Kind, Op, Renew, Request, Shutdown, decode_header, encode,
+};
+use tiffin_types::limits;
+
+use super::state::Vm;
+use crate::host::network::{self, GUEST_V4};
+
+/// How long a connection into the guest may take.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the agent has for an answer that needs no waiting.
+const ANSWER: Duration = Duration::from_secs(5);
+/// An answer is small; a longer one is no honest agent's.
+const MAX_ANSWER: usize = 64 * 1024;
+/// Between two attempts to reach the agent.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// A connection into the guest: the monitor is in the gateway's namespace, so the guest is its neighbour.
+///
+/// One to the agent ends with a reset, whoever closes it first: an end that waited for stray packets would keep the guest
+/// from being saved for a minute. Nothing is lost, since nobody hangs up on an agent whose answer counts.
+pub(super) fn dial(port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST_V4, port)), DIAL_TIMEOUT)?;
+    stream.set_nodelay(true)?;
+    if port == AGENT_PORT {
+        setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+    }
+    Ok(stream)
+}
+
+/// The agent's shutdown request. Its answer comes when every process is gone.
+pub(super) fn shut_down(vm: &Vm, grace: Duration, within: Duration) -> io::Result<()> {
+    let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+    match ask(&vm.launch.token, Op::Shutdown(Shutdown { grace_ms }), within)? {
+        Answer::Done => Ok(()),
+        Answer::Failed(failed) => Err(io::Error::other(failed.message)),
+    }
+}
+
+/// Who the guest is in this run.
+pub(super) fn identity(vm: &Vm) -> Boot {
+    let spec = &vm.launch.spec;
+    let mut addresses = vec![network::GUEST_V4.to_string()];
+    if vm.ipv6 {
+        addresses.push(network::GUEST_V6.to_owned());
+    }
+    Boot {
+        token: vm.launch.token.clone(),
+        hostname: spec.id.as_str().to_owned(),
+        addresses,
+        resolvers: vm.uplink().map(|_| network::GATEWAY_V4.to_string()).into_iter().collect(),
+        cpus: spec.size.cpus,
+        max_pids: limits::GUEST_PIDS,
+    }
+}
+
+/// Makes a guest that was saved under `old_token` this VM: asks until the agent is there and has answered.
+pub(super) fn become_this(vm: &Vm, old_token: &str, deadline: Instant) -> io::Result<()> {
+    let renew = renewal(vm, Some(hex::encode(rand::random::<[u8; 16]>())));
+    let mut token = old_token;
+    loop {
+        let asked = ask(token, Op::Renew(renew.clone()), ANSWER);
+        match asked {
+            Ok(Answer::Done) => return Ok(()),
+            // An earlier request was done, and only its answer lost.
+            Ok(Answer::Failed(failed)) if failed.code == FailureCode::Unauthorized && token == old_token => {
+                token = &vm.launch.token;
+            }
+            Ok(Answer::Failed(failed)) => return Err(io::Error::other(failed.message)),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(_) => std::thread::sleep(RETRY),
+        }
+    }
+}
+
+/// Tells the guest what has changed of its network.
+pub(super) fn tell_network(vm: &Vm) -> io::Result<()> {
+    match ask(&vm.launch.token, Op::Renew(renewal(vm, None)), ANSWER)? {
+        Answer::Done => Ok(()),
+        Answer::Failed(failed) => Err(io::Error::other(failed.message)),
+    }
+}
+
+fn renewal(vm: &Vm, machine_id: Option<String>) -> Renew {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Renew {
+        boot: identity(vm),
+        machine_id,
+        unix_ms: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
+        seed: hex::encode(rand::random::<[u8; 32]>()),
+    }
+}
+
+/// The agent's last frame.
+enum Answer {
+    Done,
+    Failed(Failure),
+}
+
+fn ask(token: &str, op: Op, within: Duration) -> io::Result<Answer> {
+    let mut agent = dial(AGENT_PORT)?;
+    agent.set_read_timeout(Some(within))?;
+    agent.set_write_timeout(Some(ANSWER))?;
+    let request = Request { token: token.to_owned(), op };
+    let request = serde_json::to_vec(&request).map_err(io::Error::other)?;
+    agent.write_all(&encode(Kind::Request, &request))?;
+    let mut header = [0; HEADER];
+    agent.read_exact(&mut header)?;
+    let length = decode_header(header).map_err(io::Error::other)?;
+    if length > MAX_ANSWER {
+        return Err(io::Error::other(format!("an answer of {length} bytes")));
+    }
+    let mut bytes = vec![0; length];
+    agent.read_exact(&mut bytes)?;
+    match Kind::from_byte(bytes[0]).map_err(io::Error::other)? {
+        Kind::Done => Ok(Answer::Done),
+        Kind::Failed => serde_json::from_slice(&bytes[1..]).map(Answer::Failed).map_err(io::Error::other),
+        other => Err(io::Error::other(format!("the agent answered with a {other:?} frame"))),
+    }
+}

@@ -1,0 +1,110 @@
+//! Saving VMs and making VMs of what was saved, from the server's side: the monitor does the first, the VM's folder
+//! says the second to its first start.
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+use tiffin_types::{
+    id::{SnapshotId, VmId},
+    vm::VmSpec,
+};
+
+use super::{Monitored, agent, blocking, host_or_full, talk};
+use crate::{
+    Engine, EngineError, Observed, Saved,
+    monitor::launch::{self, Ask, LAUNCH, Launch, RESTORE, Reply, Restore},
+};
+
+/// A save, beside what its size takes.
+const SAVE: Duration = Duration::from_secs(90);
+/// What a save copies at least in a second, in MiB, on the slowest disk that one waits for.
+const SLOWEST: u32 = 10;
+
+impl Monitored {
+    /// See [`Engine::create_from`].
+    pub(super) async fn create_saved(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError> {
+        if self.is_made(spec)? {
+            return Ok(());
+        }
+        self.check_room()?;
+        self.images.require(&spec.image)?;
+        let (snapshots, dir, spec, snapshot) =
+            (Arc::clone(&self.snapshots), self.folder(&spec.id), spec.clone(), snapshot.clone());
+        tokio::task::spawn_blocking(move || snapshots.create_from(&spec, &snapshot, &dir))
+            .await
+            .map_err(|e| EngineError::host("creating the VM's folder", e))?
+    }
+
+    /// See [`Engine::snapshot_save`].
+    pub(super) async fn save(&self, id: &VmId, into: &SnapshotId) -> Result<Saved, EngineError> {
+        match self.observe(id).await {
+            Observed::Absent => return Err(EngineError::Absent),
+            Observed::Stopped { .. } => return Err(EngineError::WrongState("stopped")),
+            Observed::Starting => return Err(EngineError::WrongState("starting")),
+            Observed::Unknown => return Err(EngineError::WrongState("not answering")),
+            Observed::Running | Observed::Paused => {}
+        }
+        self.check_room()?;
+        let launch = self.launch_of(id)?;
+        let dir = self.snapshots.begin(into)?;
+        let saved = self.save_into(&launch, into, dir).await;
+        if saved.is_err()
+            && let Err(error) = self.snapshot_remove(into).await
+        {
+            tracing::warn!(snapshot_id = %into, "what a failed save left stays: {error}");
+        }
+        saved
+    }
+
+    pub(super) async fn engine_version(&self) -> Result<String, EngineError> {
+        let snapshots = Arc::clone(&self.snapshots);
+        let asked = tokio::task::spawn_blocking(move || snapshots.engine_version()).await;
+        asked.map_err(|e| EngineError::host("asking runsc its release", e))?
+    }
+
+    /// What the VM's next start goes on from, if it does, and the folder of the agent that it is to have.
+    pub(super) fn restore_of(&self, id: &VmId) -> Result<(Option<Restore>, PathBuf), EngineError> {
+        let restore: Option<Restore> = launch::read(&self.folder(id), RESTORE)
+            .map_err(|e| EngineError::host(format!("reading what {id} goes on from"), e))?;
+        let Some(restore) = restore else { return Ok((None, self.agent_dir.clone())) };
+        self.snapshots.check_release(&restore.engine_version)?;
+        let agent_dir = self.config.data_dir.join("agent").join(&restore.agent);
+        Ok((Some(restore), agent_dir))
+    }
+
+    /// Has the monitor save the VM, and seals what it wrote.
+    async fn save_into(&self, launch: &Launch, into: &SnapshotId, dir: PathBuf) -> Result<Saved, EngineError> {
+        let id = &launch.spec.id;
+        let within =
+            SAVE + Duration::from_secs(u64::from((launch.spec.size.mem_mb + launch.spec.size.disk_mb) / SLOWEST));
+        let paused = match talk::ask(&self.folder(id), &Ask::Save { into: dir }, within).await {
+            Ok(Reply::Saved { paused_us }) => Duration::from_micros(paused_us),
+            Ok(Reply::Unsavable { what }) => return Err(EngineError::WrongState(what.state())),
+            Ok(Reply::Full) => return Err(EngineError::NoCapacity("the host's disk is full".into())),
+            Ok(Reply::NotRunning) => return Err(EngineError::WrongState("not running")),
+            Ok(Reply::Refused { message }) => {
+                return Err(EngineError::host(format!("saving {id}"), io::Error::other(message)));
+            }
+            Ok(_) => return Err(EngineError::WrongState("not answering")),
+            Err(_) => return Err(self.silent(id)),
+        };
+        let (snapshots, into, launch) = (Arc::clone(&self.snapshots), into.clone(), launch.clone());
+        let sealed = blocking(move || snapshots.seal(&into, &launch)).await;
+        let size_bytes = sealed.map_err(|e| host_or_full("sealing the snapshot", e))?;
+        Ok(Saved { size_bytes, paused })
+    }
+
+    /// Removes the agents that neither a VM nor a snapshot needs any more.
+    pub(super) fn remove_old_agents(&self, seen: &[(VmId, Observed)]) -> io::Result<()> {
+        let mut needed = self.snapshots.agents()?;
+        for (id, observed) in seen {
+            let dir = self.folder(id);
+            needed.extend(launch::read::<Restore>(&dir, RESTORE)?.map(|restore| restore.agent));
+            if !matches!(observed, Observed::Stopped { .. } | Observed::Absent)
+                && let Some(launch) = launch::read::<Launch>(&dir, LAUNCH)?
+            {
+                needed.extend(launch.agent_dir.file_name().and_then(|name| name.to_str()).map(str::to_owned));
+            }
+        }
+        agent::remove_others(&self.agent_dir, &needed)
+    }
+}
