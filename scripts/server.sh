@@ -17,7 +17,7 @@ LOG=$STATE/server.log
 PID_FILE=$STATE/server.pid
 ENV_FILE=$STATE/env
 # The client's; the server's settings, which a restart compares, don't depend on them.
-unset TIFFIN_URL TIFFIN_API_KEY
+unset TIFFIN_URL TIFFIN_API_KEY TIFFIN_ADMIN_PASSWORD
 server_settings
 URL=http://$TIFFIN_LISTEN
 
@@ -91,18 +91,40 @@ stop() {
 
 key_works() { [[ -n $1 && $(curl -s --max-time 5 -o /dev/null -w '%{http_code}' -H "X-API-Key: $1" "$URL/v1/vms") == 200 ]]; }
 
-# The server prints the first account's key once, at its first start; from then on it is in our file.
+# Whether somebody can log in so; the session ends at once.
+login_works() {
+    [[ -n $1 && -n $2 ]] || return 1
+    local status jar
+    jar=$(mktemp)
+    status=$(printf '{"email":"%s","password":"%s"}' "$1" "$2" | curl -s --max-time 10 -o /dev/null -w '%{http_code}' -c "$jar" \
+        -H 'Content-Type: application/json' --data-binary @- "$URL/auth/login") || true
+    [[ $status != 200 ]] || curl -s --max-time 5 -o /dev/null -b "$jar" -X POST "$URL/auth/logout" || true
+    rm -f "$jar"
+    [[ $status == 200 ]]
+}
+
+# The last line of a file that begins with a word, without that word; the third part is what the rest may be made of.
+last_word() { sed -nE "s/^$2($3+)\$/\1/p" "$1" 2>/dev/null | tail -n 1; }
+
+# The server prints the first account's key and login once, at its first start; from then on they are in our file.
 write_env() {
-    local key=
+    local key= email= password=
     [[ ! -e $ENV_FILE ]] || key=$(sed -n 's/^export TIFFIN_API_KEY=//p' "$ENV_FILE")
     key_works "$key" || key=$(grep -oE 'tfn_[A-Za-z0-9]+_[A-Za-z0-9_-]{20,}' "$LOG" | tail -n 1) || true
     key_works "$key" || die "no API key that works: neither in $ENV_FILE nor in $LOG.
 Put a valid one into $ENV_FILE (export TIFFIN_API_KEY=...), or begin anew: make down, then remove $TIFFIN_DATA_DIR"
+    email=$(last_word "$ENV_FILE" 'export TIFFIN_ADMIN_EMAIL=' '[^ ]') password=$(last_word "$ENV_FILE" 'export TIFFIN_ADMIN_PASSWORD=' '[^ ]')
+    if ! login_works "$email" "$password"; then
+        email=$(last_word "$LOG" 'email ' '[^ ]') password=$(last_word "$LOG" 'password ' '[0-9a-f]')
+        login_works "$email" "$password" || { email='' password=''; say "    no password that works is known; set one: tiffin admin password --data-dir $TIFFIN_DATA_DIR"; }
+    fi
     rm -f "$ENV_FILE.new"
     (umask 077 && touch "$ENV_FILE.new")
     cat >"$ENV_FILE.new" <<END
 export TIFFIN_URL=$URL
 export TIFFIN_API_KEY=$key
+export TIFFIN_ADMIN_EMAIL=$email
+export TIFFIN_ADMIN_PASSWORD=$password
 case ":\$PATH:" in *":$BIN:"*) ;; *) export PATH="$BIN:\$PATH" ;; esac
 END
     mv "$ENV_FILE.new" "$ENV_FILE"

@@ -4,7 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     bench,
-    commands::{account, completion, config, doctor, host, image, key, serve, vm},
+    commands::{account, admin, completion, config, doctor, host, image, key, serve, vm},
 };
 
 /// Runs other people's code in isolated VMs.
@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Key(key::KeyArgs),
     /// Accounts (needs a key with the admin scope)
     Account(account::AccountArgs),
+    /// Set a password, on the server's host
+    Admin(admin::AdminArgs),
     /// See whether this host can run VMs, and what it lacks
     Doctor(doctor::DoctorArgs),
     /// List the server's settings

@@ -52,6 +52,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Vm(args) => on_one_thread(commands::vm::run(args)),
         Command::Key(args) => on_one_thread(commands::key::run(args)),
         Command::Account(args) => on_one_thread(commands::account::run(args)),
+        Command::Admin(args) => on_one_thread(commands::admin::run(args)),
         Command::Image(args) => on_one_thread(commands::image::run(args)),
         Command::Bench(args) => on_one_thread(bench::run(args)),
         Command::Serve(args) => commands::serve::run(&args),

@@ -121,6 +121,11 @@ fn the_first_start_prints_a_key_that_works_the_next_none_and_two_at_once_are_ref
     let (status, printed) = server.stop();
     assert!(status.success());
     let key = printed.iter().find(|line| line.starts_with("tfn_")).unwrap().clone();
+    assert!(printed.contains(&"email admin@tiffin.local".to_owned()), "{printed:?}");
+    assert!(
+        printed.iter().any(|line| line.strip_prefix("password ").is_some_and(|word| word.len() == 24)),
+        "{printed:?}"
+    );
     let again = Server::start(folder.path(), &[]);
     let second = serve(folder.path(), 0).output().unwrap();
     assert!(text(&second.stderr).contains("a server runs on"), "{}", text(&second.stderr));
@@ -188,6 +193,54 @@ fn a_new_key_does_what_its_scope_says_until_it_is_revoked() {
     assert!(server.client(admin.trim(), &["key", "revoke", id]).status.success());
     let revoked = server.client(key, &["vm", "ls"]);
     assert!(text(&revoked.stderr).contains("TIFFIN_API_KEY"), "{}", text(&revoked.stderr));
+}
+
+/// Logs in over plain HTTP; the answer's status line.
+fn log_in(url: &str, email: &str, password: &str) -> String {
+    let body = format!("{{\"email\":\"{email}\",\"password\":\"{password}\"}}");
+    let head =
+        format!("POST /auth/login HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+    let mut stream = TcpStream::connect(url.trim_start_matches("http://")).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer.lines().next().unwrap().to_owned()
+}
+
+#[test]
+fn the_first_password_works_until_the_host_sets_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("key");
+    let server =
+        Server::start(folder.path(), &["--write-key", file.to_str().unwrap(), "--set", "admin.email=Ada@Example.org"]);
+    let login = std::fs::read_to_string(folder.path().join("key.login")).unwrap();
+    let (email, password) = login.trim().split_once("\npassword ").unwrap();
+    assert_eq!(email, "email ada@example.org");
+    assert!(log_in(&server.url, "ada@example.org", password).contains("200"));
+    let data = folder.path().join("data");
+    let reset = |more: &[&str], stdin: &str| {
+        let mut command = tiffin();
+        command.args(["admin", "password", "--data-dir"]).arg(&data).args(more);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(stdin.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let made = reset(&["--email", "ada@example.org"], "");
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    assert!(log_in(&server.url, "ada@example.org", password).contains("401"));
+    assert!(log_in(&server.url, "ada@example.org", text(&made.stdout).trim()).contains("200"));
+    assert!(reset(&["--email", "ada@example.org", "--stdin"], "a password of mine\n").status.success());
+    assert!(log_in(&server.url, "ada@example.org", "a password of mine").contains("200"));
+    for (more, stdin, says) in [
+        (&["--email", "ada@example.org", "--stdin"][..], "short\n", "12 to 256"),
+        (&["--email", "ada@example.org", "--stdin"], "two lines of it\nand this\n", "one line"),
+        (&[], "", "nobody logs in with admin@tiffin.local"),
+    ] {
+        let refused = reset(more, stdin);
+        assert!(!refused.status.success() && text(&refused.stderr).contains(says), "{}", text(&refused.stderr));
+    }
+    assert!(log_in(&server.url, "ada@example.org", "a password of mine").contains("200"));
 }
 
 #[test]

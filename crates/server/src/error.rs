@@ -30,8 +30,13 @@ pub(crate) enum AppError {
     #[error("{0}")]
     Unauthorized(&'static str),
     /// The key lacks a scope.
-    #[error("this key lacks the scope {}: use a key that has it", .0.as_str())]
+    #[error("this key or user lacks the scope {}: use one that has it", .0.as_str())]
     Forbidden(Scope),
+    /// A session's cookie came along with a request that no page of this server made.
+    #[error(
+        "a request with a session's cookie that changes something must come from a page of this server: send an Origin header of this server, or use an API key"
+    )]
+    Csrf,
     /// There is no such thing, or it is somebody else's.
     #[error("{0} not found")]
     NotFound(&'static str),
@@ -239,6 +244,7 @@ fn describe(error: &AppError) -> (StatusCode, &str, Value) {
         AppError::BadRequest(_) => (StatusCode::BAD_REQUEST, "bad_request", Value::Null),
         AppError::Unauthorized(_) => (StatusCode::UNAUTHORIZED, "unauthorized", Value::Null),
         AppError::Forbidden(scope) => (StatusCode::FORBIDDEN, "forbidden", json!({ "scope": scope })),
+        AppError::Csrf => (StatusCode::FORBIDDEN, "csrf", Value::Null),
         AppError::NotFound(_) => (StatusCode::NOT_FOUND, "not_found", Value::Null),
         AppError::NoRoute => (StatusCode::NOT_FOUND, "no_such_route", Value::Null),
         AppError::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", Value::Null),

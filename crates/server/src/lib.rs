@@ -21,6 +21,10 @@ mod reconcile;
 mod serve;
 
 pub use api::openapi_document;
-pub use app::api_keys::first_key;
+pub use app::{
+    api_keys::first_key,
+    passwords::{PasswordError, random_password},
+    sessions::{FirstLogin, SetPasswordError, first_login, set_password},
+};
 pub use config::{Config, ConfigError};
 pub use serve::{ServeError, serve};

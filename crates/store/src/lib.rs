@@ -1,4 +1,5 @@
-//! All of Tiffin's SQL: accounts, API keys, images, VMs, snapshots and idempotency keys, in SQLite or Postgres.
+//! All of Tiffin's SQL: accounts, users and their sessions, API keys, images, VMs, snapshots and idempotency keys, in SQLite
+//! or Postgres.
 //!
 //! Invariants: one SQL text serves both databases; every operation is one statement or one transaction, and no
 //! transaction is held across anything but the database; every transaction begins with a write, because SQLite refuses
@@ -14,7 +15,9 @@ mod images;
 mod open;
 mod quota;
 mod row;
+mod sessions;
 mod snapshots;
+mod users;
 mod vms;
 
 pub use accounts::{Account, NewAdminKey};
@@ -23,7 +26,9 @@ pub use error::StoreError;
 pub use idempotency::Idempotency;
 pub use images::{Image, NewImage};
 pub use quota::QuotaExceeded;
+pub use sessions::Session;
 pub use snapshots::{Forked, NewFork, NewSnapshot, Snapshot, SnapshotInserted};
+pub use users::User;
 pub use vms::{Change, Desired, Inserted, NewVm, Reserve, Vm};
 
 /// The database. Cheap to clone: clones share one bounded pool of connections.

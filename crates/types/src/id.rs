@@ -87,6 +87,14 @@ text_id!(
     ApiKeyId, "an API key id: key- and 14 hexadecimal digits", "key-", |rest| is_hex(rest, 14)
 );
 text_id!(
+    /// Somebody who logs in: `user-` and 14 lower-case hexadecimal digits.
+    UserId, "a user id: user- and 14 hexadecimal digits", "user-", |rest| is_hex(rest, 14)
+);
+text_id!(
+    /// A webhook: `hook-` and 14 lower-case hexadecimal digits.
+    WebhookId, "a webhook id: hook- and 14 hexadecimal digits", "hook-", |rest| is_hex(rest, 14)
+);
+text_id!(
     /// The SHA-256 of a blob's bytes: `sha256:` and 64 lower-case hexadecimal digits, as OCI writes digests.
     Digest, "a digest: sha256: and 64 hexadecimal digits", "sha256:", |rest| is_hex(rest, 64)
 );
@@ -102,7 +110,7 @@ macro_rules! random_id {
         }
     )*};
 }
-random_id!(VmId: "vm-", SnapshotId: "snap-", AccountId: "acc-", ApiKeyId: "key-");
+random_id!(VmId: "vm-", SnapshotId: "snap-", AccountId: "acc-", ApiKeyId: "key-", UserId: "user-", WebhookId: "hook-");
 
 impl VmId {
     /// The 14 hexadecimal digits without the prefix: what host objects (cgroups, interfaces) are named after.

@@ -36,6 +36,10 @@ pub const IDEMPOTENCY_KEY_CHARS: RangeInclusive<usize> = 1..=255;
 pub const NAME_CHARS: RangeInclusive<usize> = 1..=100;
 /// VMs that one fork may make.
 pub const FORK_COUNT: RangeInclusive<u32> = 1..=16;
+/// Length of a password, in bytes.
+pub const PASSWORD_BYTES: RangeInclusive<usize> = 12..=256;
+/// Length of an email address, in bytes (RFC 5321 with its erratum).
+pub const EMAIL_BYTES: RangeInclusive<usize> = 3..=254;
 /// Processes and threads that a guest may have at once.
 pub const GUEST_PIDS: u32 = 1024;
 

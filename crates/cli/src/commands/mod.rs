@@ -1,6 +1,7 @@
 //! The subcommands, one noun a file: its arguments, its calls, what it prints.
 
 pub(crate) mod account;
+pub(crate) mod admin;
 pub(crate) mod completion;
 pub(crate) mod config;
 pub(crate) mod data_dir;

@@ -17,6 +17,7 @@ const PAGES: [(&str, &str, &str); 7] = [
     ("quickstart", "Quick start", include_str!("../../../../docs/user/quickstart.md")),
     ("api", "API", include_str!("../../../../docs/user/api.md")),
     ("errors", "Errors", include_str!("../../../../docs/user/errors.md")),
+    ("admin", "Administration", include_str!("../../../../docs/user/admin.md")),
     ("networking", "Networking", include_str!("../../../../docs/user/networking.md")),
     ("cli", "Command line", include_str!("../../../../docs/user/cli.md")),
     ("configuration", "Configuration", include_str!("../../../../docs/user/configuration.md")),

@@ -1,4 +1,4 @@
-//! What stands before every operation of the API: who calls, and how often.
+//! What stands before every operation of the API: who calls, from which page, and how often.
 //!
 //! Invariant: it knows operations by the OpenAPI document alone, by route and method, so that none can be added without
 //! passing here. Handlers take the [`Caller`] that it has found.
@@ -7,16 +7,17 @@ use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     extract::{FromRequestParts, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use utoipa::openapi::OpenApi;
 
+use super::sessions::{Origin, origin};
 use crate::{
     app::{
         App,
-        auth::Caller,
+        auth::{Actor, Caller},
         rates::{Limited, Standing},
     },
     error::AppError,
@@ -31,6 +32,8 @@ const RESET: HeaderName = HeaderName::from_static("ratelimit-reset");
 struct Operation {
     /// Whether it needs a caller.
     guarded: bool,
+    /// Whether it changes something.
+    unsafe_: bool,
     limited: Option<Limited>,
     /// Whether its answer begins within the time that any operation may take; what runs in VMs or brings them up has
     /// limits of its own.
@@ -72,9 +75,15 @@ impl Gate {
 impl Operation {
     fn new(route: &str, method: &Method) -> Self {
         let limited = limited(method, route);
-        let is_quick = limited.is_none() && (*method == Method::GET || route.starts_with("/v1/admin/"));
-        Self { guarded: route.starts_with("/v1/"), limited, is_quick }
+        let is_quick = limited.is_none()
+            && (*method == Method::GET || route.starts_with("/v1/admin/") || route.starts_with("/auth/"));
+        Self { guarded: is_guarded(route), unsafe_: *method != Method::GET, limited, is_quick }
     }
+}
+
+/// Whether operations of that route need a caller.
+pub(super) fn is_guarded(route: &str) -> bool {
+    route.starts_with("/v1/") || route == "/auth/me"
 }
 
 /// The contract's limits. Routes that are not served yet are limited once they are.
@@ -95,14 +104,19 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: 
     // Pages, unknown routes and methods are answered without knowing who asks.
     let Some(operation) = gate.operation(&request) else { return next.run(request).await };
     if !operation.guarded {
-        return next.run(request).await;
+        // Another site's page must not log anybody in or out either.
+        let foreign = operation.unsafe_ && origin(request.headers()) == Origin::Foreign;
+        return if foreign { AppError::Csrf.into_response() } else { run(&gate.app, operation, request, next).await };
     }
     let (mut parts, body) = request.into_parts();
     let caller = match Caller::from_request_parts(&mut parts, &gate.app).await {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
-    let standing = operation.limited.and_then(|what| Some((what, gate.app.rates.take(what, caller.key_id.as_str())?)));
+    if let Err(error) = same_origin(operation, &caller, &parts.headers) {
+        return error.into_response();
+    }
+    let standing = operation.limited.and_then(|what| Some((what, gate.app.rates.take(what, caller.actor.id())?)));
     parts.extensions.insert(caller);
     let request = Request::from_parts(parts, body);
     let mut response = match standing {
@@ -113,6 +127,16 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: 
         tell(standing, response.headers_mut());
     }
     response
+}
+
+/// A browser sends its cookie with whatever any page makes it send: what changes something, or opens a terminal, must say
+/// that it comes from a page of this server. Keys are sent by nobody unknowingly.
+fn same_origin(operation: &Operation, caller: &Caller, headers: &HeaderMap) -> Result<(), AppError> {
+    let guarded = operation.unsafe_ || headers.contains_key(header::UPGRADE);
+    match caller.actor {
+        Actor::User { .. } if guarded && origin(headers) != Origin::Own => Err(AppError::Csrf),
+        Actor::User { .. } | Actor::Key { .. } => Ok(()),
+    }
 }
 
 async fn run(app: &App, operation: &Operation, request: Request, next: Next) -> Response {

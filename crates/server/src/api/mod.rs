@@ -12,6 +12,7 @@ mod layer;
 mod openapi;
 mod request;
 mod router;
+mod sessions;
 mod snapshots;
 mod vm_logs;
 mod vms;

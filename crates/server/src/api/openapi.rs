@@ -25,6 +25,7 @@ use crate::error::{ErrorBody, FieldError};
         (name = "Snapshots", description = "Saved VMs, of which others are made"),
         (name = "Images", description = "What VMs are made of"),
         (name = "Administration", description = "Accounts and API keys; needs the scope admin"),
+        (name = "Sessions", description = "Logging in with a password, for people at a browser"),
         (name = "Server", description = "The server itself; needs no key")
     ),
     components(schemas(ErrorBody, FieldError))
@@ -34,6 +35,7 @@ pub(super) struct Base;
 const SCHEME: &str = "apiKey";
 /// Operations that do with no body: none of its fields must be there.
 const OPTIONAL_BODIES: [&str; 1] = ["snapshot_create"];
+const SESSION: &str = "session";
 
 /// The whole document, as `/openapi.json` serves it.
 pub fn document() -> utoipa::openapi::OpenApi {
@@ -46,6 +48,8 @@ pub(super) fn complete(document: &mut utoipa::openapi::OpenApi) {
     if let Some(components) = &mut document.components {
         let key = ApiKey::Header(ApiKeyValue::with_description("X-API-Key", "tfn_<prefix>_<secret>"));
         components.add_security_scheme(SCHEME, SecurityScheme::ApiKey(key));
+        let cookie = ApiKey::Cookie(ApiKeyValue::with_description("rds_session", "Set by POST /auth/login"));
+        components.add_security_scheme(SESSION, SecurityScheme::ApiKey(cookie));
     }
     for (path, item) in &mut document.paths.paths {
         let operations = [
@@ -64,10 +68,11 @@ pub(super) fn complete(document: &mut utoipa::openapi::OpenApi) {
 }
 
 fn complete_operation(path: &str, operation: &mut Operation) {
-    let needs_key = path.starts_with("/v1/");
+    let needs_key = super::gate::is_guarded(path);
     let mut errors: Vec<u16> = vec![500];
     if needs_key {
-        operation.security = Some(vec![SecurityRequirement::new(SCHEME, Vec::<String>::new())]);
+        let either = [SCHEME, SESSION].map(|scheme| SecurityRequirement::new(scheme, Vec::<String>::new()));
+        operation.security = Some(either.to_vec());
         errors.extend([401, 403]);
     }
     if path.contains('{') {
@@ -85,7 +90,8 @@ fn complete_operation(path: &str, operation: &mut Operation) {
         errors.push(400);
     }
     let listed = operation.responses.responses.keys().filter_map(|status| status.parse::<u16>().ok());
-    errors.extend(listed.filter(|status| *status >= 400 && needs_key));
+    let is_api = needs_key || path.starts_with("/auth/");
+    errors.extend(listed.filter(|status| *status >= 400 && is_api));
     for status in errors {
         operation.responses.responses.insert(status.to_string(), RefOr::T(error_response(status)));
     }
@@ -99,8 +105,8 @@ fn error_response(status: u16) -> utoipa::openapi::Response {
 fn meaning(status: u16) -> &'static str {
     match status {
         400 => "A parameter is wrong; details.fields lists every one",
-        401 => "No API key, or one that isn't valid",
-        403 => "The key lacks the scope",
+        401 => "No API key and no session, or one that isn't valid",
+        403 => "The caller lacks the scope, or a page of another site made the request",
         404 => "Not found, or somebody else's",
         408 => "The body didn't arrive in time",
         409 => "In the wrong state, which the message names",

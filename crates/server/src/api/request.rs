@@ -8,10 +8,11 @@ use axum::{
 };
 use tiffin_types::id::{AccountId, ApiKeyId, SnapshotId, VmId};
 
+use super::sessions;
 use crate::{
     app::{
         App,
-        auth::{Caller, authenticate},
+        auth::{Caller, Credentials, authenticate},
     },
     error::{AppError, FieldError},
 };
@@ -32,8 +33,13 @@ impl FromRequestParts<Arc<App>> for Caller {
             return Ok(caller.clone());
         }
         let key = parts.headers.get(KEY_HEADER).map(|value| value.to_str().unwrap_or(""));
+        let credentials = match (key, sessions::token(&parts.headers)) {
+            (Some(key), _) => Credentials::Key(key),
+            (None, Some(token)) => Credentials::Session(token),
+            (None, None) => Credentials::None,
+        };
         let peer = parts.extensions.get::<Peer>().map(|Peer(address)| *address);
-        authenticate(app, key, peer).await
+        authenticate(app, credentials, peer).await
     }
 }
 

@@ -7,7 +7,7 @@ use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-use super::{accounts, api_keys, docs, exec, gate, health, images, layer, openapi, snapshots, vm_logs, vms};
+use super::{accounts, api_keys, docs, exec, gate, health, images, layer, openapi, sessions, snapshots, vm_logs, vms};
 use crate::{app::App, error::AppError};
 
 /// Every operation of the API.
@@ -31,6 +31,9 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(accounts::account_get, accounts::account_update))
         .routes(routes!(api_keys::api_key_create, api_keys::api_key_list))
         .routes(routes!(api_keys::api_key_revoke))
+        .routes(routes!(sessions::session_create))
+        .routes(routes!(sessions::session_delete))
+        .routes(routes!(sessions::session_get))
         .routes(routes!(health::health_get))
         .routes(routes!(health::metrics_get));
     openapi::complete(router.get_openapi_mut());

@@ -7,7 +7,10 @@ use tiffin_types::{
     time::Timestamp,
 };
 
-use super::{App, auth::Caller, auth::FreshKey};
+use super::{
+    App,
+    auth::{Actor, Caller, FreshKey},
+};
 use crate::error::AppError;
 
 /// A key to be made.
@@ -43,7 +46,7 @@ pub(crate) async fn api_key_create(
         expires_at: request.expires_at,
     };
     let key = app.store.api_key_create(new).await?;
-    tracing::info!(key_id = %key.id, account_id = %key.account_id, by = %caller.key_id, "API key {} made", key.id);
+    tracing::info!(key_id = %key.id, account_id = %key.account_id, by = caller.actor.id(), "API key {} made", key.id);
     Ok((key, fresh.text))
 }
 
@@ -60,7 +63,7 @@ pub(crate) async fn api_key_list(
 /// Revokes a key, at once. A key can't revoke itself: so no administrator can lock all of them out.
 pub(crate) async fn api_key_revoke(app: &App, caller: &Caller, id: &ApiKeyId) -> Result<(), AppError> {
     caller.require(Scope::Admin)?;
-    if *id == caller.key_id {
+    if matches!(&caller.actor, Actor::Key { id: own, .. } if own == id) {
         return Err(AppError::Conflict {
             code: "own_key",
             message: "a key can't revoke itself: use another key of scope admin".into(),
@@ -70,7 +73,7 @@ pub(crate) async fn api_key_revoke(app: &App, caller: &Caller, id: &ApiKeyId) ->
     if !app.store.api_key_revoke(id, Timestamp::now()).await? {
         return Err(AppError::NotFound("API key"));
     }
-    tracing::info!(key_id = %id, by = %caller.key_id, "API key {id} revoked");
+    tracing::info!(key_id = %id, by = caller.actor.id(), "API key {id} revoked");
     Ok(())
 }
 

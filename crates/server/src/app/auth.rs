@@ -1,4 +1,4 @@
-//! Who calls: API keys, checked.
+//! Who calls: by an API key, or by a session ([`super::sessions`]).
 //!
 //! Invariant: a secret is compared in constant time and by its hash only, also where no key has that prefix; whether a
 //! key is expired or revoked is told only to who holds its secret.
@@ -10,11 +10,14 @@ use subtle::ConstantTimeEq;
 use tiffin_store::{ApiKey, Store};
 use tiffin_types::{
     account::Scope,
-    id::{AccountId, ApiKeyId},
+    id::{AccountId, ApiKeyId, UserId},
     time::Timestamp,
 };
 
-use super::App;
+use super::{
+    App,
+    sessions::{self, by_session},
+};
 use crate::error::AppError;
 
 /// What every key begins with.
@@ -24,18 +27,59 @@ const USE_EVERY_MS: i64 = 60_000;
 /// No key is longer.
 const MAX_KEY_BYTES: usize = 128;
 
-/// Who makes a request, by a key that is valid.
+/// Who makes a request.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
     /// Whose resources it sees.
     pub(crate) account_id: AccountId,
-    /// The key.
-    pub(crate) key_id: ApiKeyId,
+    /// By what it is known.
+    pub(crate) actor: Actor,
     scopes: Vec<Scope>,
 }
 
+/// By what a caller is known.
+#[derive(Debug, Clone)]
+#[allow(dead_code, reason = "for the audit trail")]
+pub(crate) enum Actor {
+    /// An API key that is valid.
+    Key {
+        /// Its id.
+        id: ApiKeyId,
+        /// Its name.
+        name: String,
+    },
+    /// Somebody who is logged in.
+    User {
+        /// Their id.
+        id: UserId,
+        /// Their email.
+        email: String,
+        /// The hash of their session's token.
+        session_sha256: [u8; 32],
+    },
+}
+
+impl Actor {
+    /// The id, for logs and limits.
+    pub(crate) fn id(&self) -> &str {
+        match self {
+            Actor::Key { id, .. } => id.as_str(),
+            Actor::User { id, .. } => id.as_str(),
+        }
+    }
+}
+
 impl Caller {
-    /// Refuses unless one of the key's scopes covers `needed`.
+    pub(super) fn new(account_id: AccountId, actor: Actor, scopes: Vec<Scope>) -> Self {
+        Self { account_id, actor, scopes }
+    }
+
+    /// What it may do.
+    pub(crate) fn scopes(&self) -> &[Scope] {
+        &self.scopes
+    }
+
+    /// Refuses unless one of the caller's scopes covers `needed`.
     pub(crate) fn require(&self, needed: Scope) -> Result<(), AppError> {
         if self.scopes.iter().any(|scope| scope.covers(needed)) { Ok(()) } else { Err(AppError::Forbidden(needed)) }
     }
@@ -62,13 +106,43 @@ impl FreshKey {
     }
 }
 
-/// The caller whose key this is. Wrong keys are counted by the address that they come from, and told to be wrong so
-/// often only; a right key is let in however many wrong ones came from there, as many callers may share an address.
-pub(crate) async fn authenticate(app: &App, text: Option<&str>, peer: Option<IpAddr>) -> Result<Caller, AppError> {
-    let text = text.ok_or(AppError::Unauthorized("an API key is needed: send it in the X-API-Key header"))?;
-    match by_key(&app.store, text).await {
+/// What a request has to say who makes it. A key wins over a session.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Credentials<'a> {
+    /// An API key.
+    Key(&'a str),
+    /// A session's token.
+    Session(&'a str),
+    /// Nothing.
+    None,
+}
+
+/// Who makes a request. Wrong keys are counted by the address that they come from, and told to be wrong so often only; a
+/// right key is let in however many wrong ones came from there, as many callers may share an address.
+pub(crate) async fn authenticate(
+    app: &App,
+    credentials: Credentials<'_>,
+    peer: Option<IpAddr>,
+) -> Result<Caller, AppError> {
+    let outcome = match credentials {
+        Credentials::Key(text) => by_key(&app.store, text).await,
+        Credentials::Session(token) => by_session(app, token).await,
+        Credentials::None => {
+            return Err(AppError::Unauthorized("an API key is needed: send it in the X-API-Key header"));
+        }
+    };
+    match outcome {
         Err(wrong @ AppError::Unauthorized(_)) => Err(app.rates.wrong_key(peer).err().unwrap_or(wrong)),
         outcome => outcome,
+    }
+}
+
+#[allow(dead_code, reason = "for streams of events")]
+/// Whether a caller that was let in once would be so still; for what lasts.
+pub(crate) async fn is_still_good(app: &App, caller: &Caller) -> Result<bool, AppError> {
+    match &caller.actor {
+        Actor::Key { id, .. } => Ok(app.store.api_key_get(id).await?.is_some_and(|key| usable(&key).is_ok())),
+        Actor::User { session_sha256, .. } => sessions::is_still_good(app, *session_sha256).await,
     }
 }
 
@@ -86,7 +160,7 @@ async fn by_key(store: &Store, text: &str) -> Result<Caller, AppError> {
     let Some((key, _)) = found.filter(|_| same) else { return Err(WRONG) };
     usable(&key)?;
     note_use(store, &key).await;
-    Ok(Caller { account_id: key.account_id, key_id: key.id, scopes: key.scopes })
+    Ok(Caller::new(key.account_id, Actor::Key { id: key.id, name: key.name }, key.scopes))
 }
 
 fn usable(key: &ApiKey) -> Result<(), AppError> {

@@ -9,8 +9,10 @@ pub(crate) mod auth;
 pub(crate) mod exec;
 pub(crate) mod health;
 pub(crate) mod images;
+pub(crate) mod passwords;
 mod places;
 pub(crate) mod rates;
+pub(crate) mod sessions;
 pub(crate) mod snapshots;
 pub(crate) mod vms;
 
@@ -23,6 +25,7 @@ use tiffin_types::id::{SnapshotId, VmId};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{config::Config, error::AppError};
+use passwords::Passwords;
 use places::{Commands, Locks, Places};
 use rates::Rates;
 
@@ -42,6 +45,8 @@ pub(crate) struct App {
     pub(crate) snapshot_locks: Locks<SnapshotId>,
     /// Bounds how often a caller may do what is costly.
     pub(crate) rates: Rates,
+    /// Compares passwords, a few at once.
+    passwords: Passwords,
     /// Bounds how many VMs come up at once.
     places: Places,
     /// Bounds how many commands run at once in each VM.
@@ -60,6 +65,7 @@ impl App {
         shutdown: CancellationToken,
     ) -> Arc<Self> {
         Arc::new(Self {
+            passwords: Passwords::default(),
             rates: Rates::new(&config.rate),
             places: Places::new(&config.limits),
             commands: Commands::new(config.exec.max_concurrent),

@@ -63,6 +63,8 @@ pub(crate) struct Rates {
     upload: Option<Buckets>,
     download: Option<Buckets>,
     wrong_keys: Option<Buckets>,
+    logins_by_email: Option<Buckets>,
+    logins_by_address: Option<Buckets>,
 }
 
 impl Rates {
@@ -74,6 +76,8 @@ impl Rates {
             upload: Buckets::per_minute(config.upload),
             download: Buckets::per_minute(config.download),
             wrong_keys: Buckets::per_minute(config.auth_failures),
+            logins_by_email: Buckets::per_minute(config.login),
+            logins_by_address: Buckets::per_minute(config.login_address),
         }
     }
 
@@ -92,6 +96,12 @@ impl Rates {
     /// Counts a wrong key from an address; refuses when there were too many.
     pub(crate) fn wrong_key(&self, peer: Option<IpAddr>) -> Result<(), AppError> {
         refuse("an address may send wrong API keys", self.wrong_keys.as_ref(), &address(peer))
+    }
+
+    /// Counts an attempt to log in.
+    pub(crate) fn login(&self, email: &str, peer: Option<IpAddr>) -> Result<(), AppError> {
+        refuse("an address may try to log in", self.logins_by_address.as_ref(), &address(peer))?;
+        refuse("one may try to log in with an email", self.logins_by_email.as_ref(), email)
     }
 }
 

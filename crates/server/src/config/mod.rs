@@ -51,6 +51,10 @@ pub struct Config {
     pub quota: Quota,
     /// How often one caller may do what is costly.
     pub rate: RateConfig,
+    /// Sessions.
+    pub session: SessionConfig,
+    /// What the first administrator logs in with.
+    pub admin_email: String,
     /// Networks of VMs.
     pub network: NetworkConfig,
     /// Whether `/metrics` asks for an API key.
@@ -88,6 +92,8 @@ pub struct HttpConfig {
     pub write_timeout: Duration,
     /// How long an operation that has no limit of its own may take until its answer begins.
     pub request_timeout: Duration,
+    /// Whether a proxy's `X-Forwarded-Proto` is believed.
+    pub trust_proxy: bool,
     /// Connections open at once; more wait to be accepted.
     pub max_connections: usize,
     /// How long requests in flight may go on after a request to shut down.
@@ -146,6 +152,19 @@ pub struct RateConfig {
     pub download: u32,
     /// Wrong API keys.
     pub auth_failures: u32,
+    /// Attempts to log in with one email.
+    pub login: u32,
+    /// Attempts to log in from one address.
+    pub login_address: u32,
+}
+
+/// Sessions.
+#[derive(Debug, Clone)]
+pub struct SessionConfig {
+    /// How long one lasts without being used.
+    pub idle: Duration,
+    /// How long one lasts.
+    pub max: Duration,
 }
 
 /// Networks of VMs.
@@ -207,6 +226,7 @@ impl Config {
                 body_timeout: values.millis("http.body_timeout_ms")?,
                 write_timeout: values.millis("http.write_timeout_ms")?,
                 request_timeout: values.millis("http.request_timeout_ms")?,
+                trust_proxy: values.one_of("http.trust_proxy")? == "true",
                 max_connections: values.count("http.max_connections")?,
                 shutdown_grace: values.millis("http.shutdown_grace_ms")?,
             },
@@ -240,7 +260,14 @@ impl Config {
                 upload: values.small("rate.upload_per_min")?,
                 download: values.small("rate.download_per_min")?,
                 auth_failures: values.small("rate.auth_failures_per_min")?,
+                login: values.small("rate.login_per_min")?,
+                login_address: values.small("rate.login_address_per_min")?,
             },
+            session: SessionConfig {
+                idle: Duration::from_secs(values.integer("session.idle_s")?),
+                max: Duration::from_secs(values.integer("session.max_s")?),
+            },
+            admin_email: values.with("admin.email", crate::app::sessions::email_form)?,
             network: NetworkConfig {
                 uplink: uplink(values)?,
                 resolvers: values.optional("network.resolvers", |text| {

@@ -8,7 +8,7 @@ use toml::de::{DeTable, DeValue};
 use super::keys::{Allowed, KEYS, Key};
 
 /// Variables that begin with `TIFFIN_` and are no settings of the server.
-const NOT_SETTINGS: [&str; 3] = ["TIFFIN_URL", "TIFFIN_API_KEY", "TIFFIN_CONFIG"];
+const NOT_SETTINGS: &[&str] = &["TIFFIN_URL", "TIFFIN_API_KEY", "TIFFIN_CONFIG", "TIFFIN_ADMIN_PASSWORD"];
 /// So are all that begin so.
 const NOT_SETTINGS_PREFIX: &str = "TIFFIN_TEST_";
 

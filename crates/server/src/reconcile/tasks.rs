@@ -6,9 +6,12 @@ use tiffin_types::time::Timestamp;
 use tokio::time::MissedTickBehavior;
 
 use super::vms::{end_noticed, reconcile_all, settle_starting};
-use crate::{app::App, error::chain};
+use crate::{
+    app::{App, sessions},
+    error::chain,
+};
 
-/// Between two prunings of idempotency keys.
+/// Between two prunings of idempotency keys and sessions.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 /// How long an idempotency key is remembered.
 const KEYS_KEPT_MS: i64 = 24 * 3600 * 1000;
@@ -60,5 +63,8 @@ async fn prune(app: Arc<App>) {
         Ok(0) => {}
         Ok(keys) => tracing::debug!(keys, "old idempotency keys forgotten"),
         Err(error) => tracing::error!(error = chain(&error), "idempotency keys can't be pruned now"),
+    }
+    if let Err(error) = sessions::prune(&app).await {
+        tracing::error!(error = chain(&error), "sessions can't be pruned now");
     }
 }

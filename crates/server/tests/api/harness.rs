@@ -68,7 +68,7 @@ impl Server {
         let mut all = vec![("data_dir".to_owned(), dir.path().to_str().context("a path of UTF-8")?.to_owned())];
         all.push(("http.shutdown_grace_ms".into(), "300".into()));
         // Tests ask as often as they like, except those of the limits, which set them.
-        let rates = ["vm_create", "exec", "run", "upload", "download", "auth_failures"];
+        let rates = ["vm_create", "exec", "run", "upload", "download", "auth_failures", "login", "login_address"];
         all.extend(rates.map(|rate| (format!("rate.{rate}_per_min"), "0".to_owned())));
         all.extend(settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
         let config = Config::load(None, std::iter::empty(), &all)?;

@@ -10,6 +10,7 @@ mod logs;
 mod openapi;
 mod rates;
 mod reconcile;
+mod sessions;
 mod snapshots;
 mod vm_create;
 mod vm_fork;

@@ -16,6 +16,7 @@ mod postgres;
 mod quota;
 mod snapshots;
 mod sqlite_only;
+mod users;
 mod vms;
 
 use fixtures::Db;
@@ -62,6 +63,12 @@ cases! {
         last_use_only_moves_forward,
         keys_are_listed_by_account,
         a_corrupt_key_is_an_error_that_does_not_show_the_hash,
+    }
+    users {
+        the_first_user_is_the_oldest_accounts_and_made_once_however_many_race,
+        a_session_reads_back_is_used_and_ends,
+        a_new_password_ends_every_session_and_those_that_the_old_one_would_begin,
+        old_and_idle_sessions_are_pruned_and_the_oldest_make_room,
     }
     images {
         an_account_sees_its_own_images_and_the_shared_ones,

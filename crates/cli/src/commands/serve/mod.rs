@@ -35,7 +35,7 @@ const LEFTOVERS: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The first start makes the account `admin` and prints its API key, once.
+The first start makes the account `admin` and its administrator, and prints an API key and a password, once.
 SIGTERM and SIGINT end the server after the requests in flight; VMs run on, and the next start takes them over.
 A second signal ends it at once.")]
 pub(crate) struct ServeArgs {
@@ -44,7 +44,8 @@ pub(crate) struct ServeArgs {
     /// Where the API listens
     #[arg(long, value_name = "ADDRESS:PORT", help_heading = "Settings")]
     listen: Option<String>,
-    /// Write the first start's API key to this file, readable by its owner only, instead of printing it
+    /// Write the first start's API key to this file, and its login to FILE.login, readable by their owner only, instead of
+    /// printing them
     #[arg(long, value_name = "FILE")]
     write_key: Option<PathBuf>,
 }
@@ -73,7 +74,8 @@ async fn serve(config: Config, write_key: Option<&std::path::Path>) -> Result<()
         TcpListener::bind(config.listen).await.with_context(|| format!("can't listen on {}", config.listen))?;
     let store = Store::open(config.database_url.reveal()).await.context("opening the database")?;
     let key = tiffin_server::first_key(&store, config.quota).await.context("making the first account")?;
-    key_place.hand_over(key.as_deref())?;
+    let login = tiffin_server::first_login(&store, &config.admin_email).await.context("making the first user")?;
+    key_place.hand_over(key.as_deref(), login.as_ref())?;
     let engine = start::engine(&config)?;
     let shutdown = CancellationToken::new();
     let told_twice = async {
