@@ -12,7 +12,7 @@ use pulldown_cmark::{Options, Parser, html};
 use crate::{config, error::AppError};
 
 /// The pages, in the order of the navigation.
-const PAGES: [(&str, &str, &str); 7] = [
+const PAGES: &[(&str, &str, &str)] = &[
     ("index", "Tiffin", include_str!("../../../../docs/user/index.md")),
     ("quickstart", "Quick start", include_str!("../../../../docs/user/quickstart.md")),
     ("api", "API", include_str!("../../../../docs/user/api.md")),
