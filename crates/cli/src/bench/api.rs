@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, bail};
 use futures_util::{StreamExt, stream};
 use reqwest::{
-    Method,
+    Method, Response,
     header::{ACCEPT, HeaderMap, HeaderValue},
 };
 use serde_json::{Value, json};
@@ -46,7 +46,15 @@ impl Api {
 
     /// Creates a VM and returns when it runs. The error is the API's own, so that refusals can be told apart.
     pub(super) async fn create(&self, cpus: usize, mem_mb: u32) -> Result<VmId, Failure> {
-        let body = json!({"cpu": cpus, "memMb": mem_mb, "allowIps": [], "outboundInternet": false});
+        self.create_of(json!({"cpu": cpus, "memMb": mem_mb, "allowIps": [], "outboundInternet": false})).await
+    }
+
+    /// Creates a VM that goes on where a snapshot was taken.
+    pub(super) async fn restore(&self, cpus: usize, mem_mb: u32, snapshot: &str) -> Result<VmId, Failure> {
+        self.create_of(json!({"cpu": cpus, "memMb": mem_mb, "allowIps": [], "snapshotId": snapshot})).await
+    }
+
+    async fn create_of(&self, body: Value) -> Result<VmId, Failure> {
         let vm = self.client.post("/v1/vms", Some(&body)).await?;
         let id: VmId = field(&vm, "id").parse().map_err(anyhow::Error::from)?;
         self.created.borrow_mut().insert(id.clone());
@@ -86,7 +94,7 @@ impl Api {
         let (path, body) = (format!("/v1/vms/{id}/exec"), json!({"cmd": command}));
         let start = Instant::now();
         let answer = self.client.send(Call { body: Some(&body), ..Call::new(Method::POST, &path) }).await?;
-        let guest = answer.headers().get("server-timing").and_then(|value| guest_time(value.to_str().ok()?));
+        let guest = server_timing(&answer, "guest");
         let result = self.client.body(answer).await?;
         let total = start.elapsed();
         let result: Value = serde_json::from_slice(&result).context("the exec's answer")?;
@@ -94,6 +102,30 @@ impl Api {
             bail!("the command failed: {result}");
         }
         Ok(ExecTimes { total, guest, stdout: field(&result, "stdout") })
+    }
+
+    /// Runs a TypeScript program that must succeed.
+    pub(super) async fn run_ts(&self, id: &VmId, code: &str) -> anyhow::Result<Duration> {
+        let start = Instant::now();
+        let result = self.client.post(&format!("/v1/vms/{id}/run-ts"), Some(&json!({"code": code}))).await?;
+        let time = start.elapsed();
+        if result.get("exitCode") != Some(&Value::from(0)) {
+            bail!("the program failed: {result}");
+        }
+        Ok(time)
+    }
+
+    /// Saves a running VM: the snapshot's id, and how long the VM stood still where the server tells it
+    /// (`Server-Timing: pause;dur=...`).
+    pub(super) async fn snapshot(&self, id: &VmId) -> anyhow::Result<(String, Option<Duration>)> {
+        let answer = self.client.send(Call::new(Method::POST, &format!("/v1/vms/{id}/snapshots"))).await?;
+        let pause = server_timing(&answer, "pause");
+        let snapshot: Value = serde_json::from_slice(&self.client.body(answer).await?).context("the answer")?;
+        Ok((field(&snapshot, "id"), pause))
+    }
+
+    pub(super) async fn snapshot_delete(&self, snapshot: &str) -> anyhow::Result<()> {
+        self.client.delete(&format!("/v1/snapshots/{snapshot}")).await.with_context(|| format!("deleting {snapshot}"))
     }
 
     pub(super) async fn delete(&self, id: &VmId) -> anyhow::Result<()> {
@@ -122,9 +154,13 @@ impl Api {
     }
 }
 
-/// The guest's part of a `Server-Timing` header.
-fn guest_time(header: &str) -> Option<Duration> {
-    let metric = header.split(',').map(str::trim).find(|metric| metric.split(';').next() == Some("guest"))?;
+/// One of the times of a `Server-Timing` header.
+fn server_timing(answer: &Response, name: &str) -> Option<Duration> {
+    timing(answer.headers().get("server-timing")?.to_str().ok()?, name)
+}
+
+fn timing(header: &str, name: &str) -> Option<Duration> {
+    let metric = header.split(',').map(str::trim).find(|metric| metric.split(';').next() == Some(name))?;
     let millis = metric.split(';').find_map(|part| part.trim().strip_prefix("dur="))?;
     Duration::try_from_secs_f64(millis.parse::<f64>().ok()? / 1e3).ok()
 }
@@ -134,11 +170,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guests_time_is_found_among_others() {
-        assert_eq!(guest_time("guest;dur=1.5"), Some(Duration::from_micros(1500)));
-        assert_eq!(guest_time("dial;dur=9, guest;desc=\"x\"; dur=2"), Some(Duration::from_millis(2)));
+    fn a_time_is_found_among_others() {
+        assert_eq!(timing("guest;dur=1.5", "guest"), Some(Duration::from_micros(1500)));
+        assert_eq!(timing("dial;dur=9, guest;desc=\"x\"; dur=2", "guest"), Some(Duration::from_millis(2)));
         for other in ["", "guest", "guests;dur=1", "guest;dur=x", "guest;dur=-1"] {
-            assert_eq!(guest_time(other), None, "{other}");
+            assert_eq!(timing(other, "guest"), None, "{other}");
         }
     }
 }

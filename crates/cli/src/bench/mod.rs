@@ -13,6 +13,8 @@ mod exec;
 mod host;
 mod raw;
 mod report;
+mod script;
+mod snapshot;
 mod stats;
 mod tti;
 
@@ -74,6 +76,10 @@ enum Which {
     Tti,
     /// A command in a running VM
     Exec,
+    /// Saving a VM and going on from it
+    Snapshot,
+    /// A TypeScript program in a running VM
+    Script,
     /// Many creates at once
     Burst,
     /// Memory of many running VMs
@@ -81,12 +87,14 @@ enum Which {
 }
 
 impl Which {
-    const ALL: [Which; 4] = [Which::Tti, Which::Exec, Which::Burst, Which::Density];
+    const ALL: [Which; 6] = [Which::Tti, Which::Exec, Which::Snapshot, Which::Script, Which::Burst, Which::Density];
 
     fn name(self) -> &'static str {
         match self {
             Which::Tti => "tti",
             Which::Exec => "exec",
+            Which::Snapshot => "snapshot",
+            Which::Script => "script",
             Which::Burst => "burst",
             Which::Density => "density",
         }
@@ -151,6 +159,8 @@ async fn measure(bench: &Bench, which: Which) -> Result<Scenario, Failure> {
         match which {
             Which::Tti => tti::run(bench).await,
             Which::Exec => exec::run(bench).await,
+            Which::Snapshot => snapshot::run(bench).await,
+            Which::Script => script::run(bench).await,
             Which::Burst => burst::run(bench).await,
             Which::Density => density::run(bench).await,
         }

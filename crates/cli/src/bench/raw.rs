@@ -7,6 +7,8 @@
 //! `/proc/sys/net`, in a mount namespace of its own, because some kernels show the host's settings in every namespace
 //! and `runsc` takes that for the host's network.
 
+mod snapshot;
+
 use std::{
     cell::{Cell, RefCell},
     path::{Path, PathBuf},
@@ -127,6 +129,11 @@ impl Raw {
     }
 
     fn run(&self, network: Network, bundle: &str, id: &str, flags: &[&str]) -> Command {
+        self.start("run", network, bundle, id, flags)
+    }
+
+    /// `runsc VERB` of a new container.
+    fn start(&self, verb: &str, network: Network, bundle: &str, id: &str, flags: &[&str]) -> Command {
         let mut command = match network {
             Network::None => Command::new(&self.runsc),
             Network::Own => {
@@ -137,7 +144,7 @@ impl Raw {
         };
         command
             .args(self.options(network))
-            .arg("run")
+            .arg(verb)
             .args(flags)
             .arg("--bundle")
             .arg(self.folder.path().join(bundle))
@@ -157,10 +164,14 @@ impl Raw {
     }
 
     fn new_id(&self) -> String {
-        let number = self.next.replace(self.next.get() + 1);
-        let id = format!("bench-{}-{number:05}", std::process::id());
+        let id = self.new_name();
         self.alive.borrow_mut().push(id.clone());
         id
+    }
+
+    fn new_name(&self) -> String {
+        let number = self.next.replace(self.next.get() + 1);
+        format!("bench-{}-{number:05}", std::process::id())
     }
 }
 
