@@ -2,7 +2,7 @@
 
 mod events;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -19,6 +19,7 @@ use super::{
     body::{Fields, JsonObject, text, whole},
     layer::RequestId,
     request::Id,
+    timing::server_timing,
 };
 use crate::{
     app::{
@@ -117,15 +118,9 @@ pub(crate) async fn exec_create(
         return events::respond(&app, running, request_id.0).await;
     }
     let output = running.collect().await?;
-    let timing = guest_time(output.done.duration_us);
+    // The command's own time, by the guest's clock: what is left of the request's is the platform's share.
+    let timing = server_timing("guest", Duration::from_micros(output.done.duration_us));
     Ok((timing, Json(ExecBody::from(output))).into_response())
-}
-
-/// How long the command itself took in the guest, by the guest's clock: what is left of the request's time is the
-/// platform's share. Source of the form: the W3C's Server Timing.
-fn guest_time(duration_us: u64) -> [(&'static str, String); 1] {
-    let (whole, part) = (duration_us / 1000, duration_us % 1000);
-    [("server-timing", format!("guest;dur={whole}.{part:03}"))]
 }
 
 fn wants_events(headers: &HeaderMap) -> bool {

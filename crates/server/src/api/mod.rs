@@ -14,6 +14,7 @@ mod request;
 mod router;
 mod sessions;
 mod snapshots;
+mod timing;
 mod vm_logs;
 mod vms;
 

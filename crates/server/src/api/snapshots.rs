@@ -22,6 +22,7 @@ use utoipa::ToSchema;
 use super::{
     body::{Fields, JsonObject, NAME, OptionalJsonObject, name, whole},
     request::Id,
+    timing::{ServerTiming, server_timing},
     vms::{VmBody, allow_ips, idempotency_key},
 };
 use crate::{
@@ -104,7 +105,8 @@ impl From<Snapshot> for SnapshotBody {
 
 /// Save a running VM
 ///
-/// Its memory, CPU state and disk. It stands still for a moment and runs on. The body may be missing.
+/// Its memory, CPU state and disk. It stands still for a moment, which the answer's `Server-Timing` header tells
+/// (`pause`, in milliseconds), and runs on. The body may be missing.
 #[utoipa::path(post, path = "/v1/vms/{id}/snapshots", operation_id = "snapshot_create", tag = "Snapshots",
     params(("id" = String, Path)), request_body = SnapshotCreate,
     responses((status = 201, description = "Saved", body = SnapshotBody), (status = 409), (status = 422), (status = 429), (status = 503)))]
@@ -113,12 +115,12 @@ pub(crate) async fn snapshot_create(
     State(app): State<Arc<App>>,
     Id(id): Id<VmId>,
     OptionalJsonObject(body): OptionalJsonObject,
-) -> Result<(StatusCode, Json<SnapshotBody>), AppError> {
+) -> Result<(StatusCode, ServerTiming, Json<SnapshotBody>), AppError> {
     let mut fields = body.fields();
     let name = fields.optional("name", None, NAME, |value| name(value).map(Some));
     let name = fields.finish_with(name, "name is")?;
-    let snapshot = snapshots::snapshot_create(&app, &caller, &id, name).await?;
-    Ok((StatusCode::CREATED, Json(snapshot.into())))
+    let taken = snapshots::snapshot_create(&app, &caller, &id, name).await?;
+    Ok((StatusCode::CREATED, server_timing("pause", taken.paused), Json(taken.snapshot.into())))
 }
 
 /// List the account's snapshots

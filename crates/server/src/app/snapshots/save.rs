@@ -3,7 +3,10 @@
 //! The VM's lock is held, so it isn't stopped or started meanwhile. Its deletion takes no lock and wins: then the save
 //! fails, and nothing is left of the snapshot.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use tiffin_engine::{EngineError, Observed};
@@ -23,13 +26,20 @@ use crate::{
     fault, metrics,
 };
 
+/// A snapshot that was just taken.
+pub(crate) struct Taken {
+    pub(crate) snapshot: Snapshot,
+    /// For how long the VM stood still.
+    pub(crate) paused: Duration,
+}
+
 /// Saves a running VM, which runs on.
 pub(crate) async fn snapshot_create(
     app: &Arc<App>,
     caller: &Caller,
     id: &VmId,
     name: Option<String>,
-) -> Result<Snapshot, AppError> {
+) -> Result<Taken, AppError> {
     caller.require(Scope::Write)?;
     can_snapshot(app)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
@@ -87,18 +97,18 @@ pub(crate) async fn running(app: &App, caller: &Caller, id: &VmId) -> Result<Vm,
 
 /// Has the engine save a VM whose lock is held into a snapshot that is SAVING, and takes that to READY. On failure the
 /// record is the caller's to settle.
-pub(crate) async fn save(app: &App, vm: &Vm, into: &SnapshotId) -> Result<Snapshot, AppError> {
+pub(crate) async fn save(app: &App, vm: &Vm, into: &SnapshotId) -> Result<Taken, AppError> {
     let began = Instant::now();
     let outcome = save_in_time(app, vm, into).await;
     metrics::snapshot_save(outcome.is_ok(), began.elapsed());
-    if let Ok(snapshot) = &outcome {
+    if let Ok(Taken { snapshot, .. }) = &outcome {
         let (size_bytes, took_ms) = (snapshot.size_bytes, began.elapsed().as_millis());
         tracing::info!(snapshot_id = %into, vm_id = %vm.id, size_bytes, took_ms, "VM {} saved as {into}", vm.id);
     }
     outcome
 }
 
-async fn save_in_time(app: &App, vm: &Vm, into: &SnapshotId) -> Result<Snapshot, AppError> {
+async fn save_in_time(app: &App, vm: &Vm, into: &SnapshotId) -> Result<Taken, AppError> {
     fault::point("after_snapshot_intent");
     let limit = app.config.vm.snapshot_timeout;
     let saved = match tokio::time::timeout(limit, app.engine.snapshot_save(&vm.id, into)).await {
@@ -116,7 +126,8 @@ async fn save_in_time(app: &App, vm: &Vm, into: &SnapshotId) -> Result<Snapshot,
     fault::point("before_snapshot_commit");
     let ready = app.store.snapshot_saved(into, saved.size_bytes).await?;
     fault::point("after_snapshot_commit");
-    ready.ok_or(AppError::NotFound("snapshot"))
+    let snapshot = ready.ok_or(AppError::NotFound("snapshot"))?;
+    Ok(Taken { snapshot, paused: saved.paused })
 }
 
 /// Why a VM could not be saved: often as it ended or was deleted meanwhile.
