@@ -454,7 +454,9 @@ async fn a_removal_that_fails_is_tried_again_by_the_timer() -> Result<()> {
     let server = Server::start_with(&[("vm.reconcile_ms", "50")]).await?;
     let (_, snapshot) = saved(&server).await?;
     server.fake.fail_next(Call::SnapshotRemove);
-    server.delete(&snapshot).await?.refused(500, "internal");
+    // The timer may come first and meet the failure in its stead.
+    let status = server.delete(&snapshot).await?.status;
+    assert!([204, 500].contains(&status.as_u16()), "{status}");
     server.get(&snapshot).await?.refused(404, "not_found");
     until(
         "it is gone",
