@@ -19,23 +19,30 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use harness::{Host, eventually, sh};
+use harness::{Host, eventually, sh, shell};
 use nix::sched::{CloneFlags, unshare};
-use tiffin_engine::Engine;
+use tiffin_engine::{
+    Engine, EngineError, Observed, Target,
+    agent::{self, ExecItem},
+};
 use tiffin_types::{
-    id::VmId,
+    id::{SnapshotId, VmId},
     network::{EgressPolicy, parse_allow_entry},
     vm::VmSpec,
 };
 
-/// A host outside: 198.51.100.10 and .11 (and 2001:db8:51::10), each answering on port 8080 with its own address. The
-/// machine itself is 198.51.100.1.
+/// A host outside: 198.51.100.10 and .11 (and 2001:db8:51::10), each answering on port 8080 with its own address, and
+/// on port 8081 with whatever it is sent. The machine itself is 198.51.100.1.
 struct World {
     link: String,
+    /// Its addresses are there once, whoever tests with them.
+    _alone: nix::fcntl::Flock<std::fs::File>,
 }
 
 impl World {
     fn new() -> Self {
+        let lock = std::fs::File::create(std::env::temp_dir().join("tiffin-test-world.lock")).unwrap();
+        let alone = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusive).unwrap();
         let link = format!("tw{}", &VmId::random().hex()[..10]);
         let (up, is_up) = std::sync::mpsc::channel();
         let name = link.clone();
@@ -58,6 +65,12 @@ impl World {
                  addr add 2001:db8:51::10/64 dev world nodad\nlink set lo up\nlink set world up\n",
             );
             let listener = TcpListener::bind("[::]:8080").unwrap();
+            let echo = TcpListener::bind("[::]:8081").unwrap();
+            std::thread::spawn(move || {
+                for stream in echo.incoming().flatten() {
+                    std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
+                }
+            });
             up.send(()).unwrap();
             for mut stream in listener.incoming().flatten() {
                 // A connection that is closed with something unread is reset.
@@ -67,7 +80,7 @@ impl World {
             }
         });
         is_up.recv().unwrap();
-        Self { link }
+        Self { link, _alone: alone }
     }
 }
 
@@ -200,4 +213,86 @@ async fn the_world_is_reached_as_far_as_it_is_listed() {
         host.engine.destroy(id).await.unwrap();
     }
     assert_eq!(harness::leftovers(&host, &[open, other]), Vec::<String>::new());
+}
+
+/// Talks to the echo outside until it is cut off, and says so.
+const TALK: &str = "python3 -u -c \"import socket, time\n\
+    s = socket.create_connection(('198.51.100.10', 8081)); s.settimeout(3)\n\
+    print('talking')\n\
+    try:\n\
+    \x20 while True:\n\
+    \x20  s.send(b'x'); assert s.recv(1) == b'x'; time.sleep(0.05)\n\
+    except OSError: print('cut off')\"";
+
+async fn link_of(host: &Host, id: &VmId) -> Option<serde_json::Value> {
+    let launch = std::fs::read(host.folder(id).join("launch.json")).unwrap();
+    let launch: serde_json::Value = serde_json::from_slice(&launch).unwrap();
+    let link = std::path::Path::new("/sys/class/net").join(tiffin_engine::host::network::host_link(id));
+    let uplink = launch["uplink"].clone();
+    assert_eq!(link.exists(), !uplink.is_null(), "the file says what there is");
+    Some(uplink).filter(|uplink| !uplink.is_null())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_changes_changes_what_is_open_and_what_comes() {
+    let _world = World::new();
+    let mut host = Host::new().await;
+    let _names = Names::new(5398);
+    host.config.resolvers = vec!["127.0.0.1:5398".parse().unwrap()];
+    host.restart().await;
+    let (ten, eleven) = (policy(true, &["198.51.100.10/32"]), policy(true, &["198.51.100.11/32"]));
+    let get_ten = async |host: &Host, id: &VmId| get(host, id, "http://198.51.100.10:8080").await;
+    let id = host.running().await;
+    assert_eq!(link_of(&host, &id).await, None);
+    assert_eq!(get_ten(&host, &id).await, "");
+    let names =
+        async |host: &Host| sh(&*host.engine, &id, "getent hosts world.test").await.stdout.contains("198.51.100.10");
+    assert!(!names(&host).await);
+
+    host.engine.set_egress(&id, &ten).await.unwrap();
+    assert!(link_of(&host, &id).await.is_some());
+    assert_eq!(get_ten(&host, &id).await, "I am 198.51.100.10\n");
+    assert!(names(&host).await);
+    let dialled = host.engine.dial(&id, Target::Agent).await.unwrap();
+    let token = host.engine.agent_token(&id).await.unwrap();
+    let mut talk = agent::exec(dialled, &token, shell(TALK)).await.unwrap();
+    let mut said = async || match talk.next().await.unwrap() {
+        ExecItem::Stdout(bytes) => String::from_utf8(bytes).unwrap(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(said().await, "talking\n");
+    // A wider policy cuts nothing off, and an open connection can't be saved.
+    host.engine.set_egress(&id, &policy(true, &["198.51.100.10/32", "198.51.100.11/32"])).await.unwrap();
+    let refused = host.engine.snapshot_save(&id, &SnapshotId::random()).await;
+    assert!(matches!(refused, Err(EngineError::WrongState(state)) if state.contains("in touch")), "{refused:?}");
+    host.engine.set_egress(&id, &eleven).await.unwrap();
+    assert_eq!(said().await, "cut off\n");
+    drop(talk);
+    assert_eq!(get_ten(&host, &id).await, "");
+    assert_eq!(get(&host, &id, "http://198.51.100.11:8080").await, "I am 198.51.100.11\n");
+
+    // Another server knows the link as well, and gives it to nobody else.
+    assert_eq!(host.restart().await, [(id.clone(), Observed::Running)]);
+    let other = host.running_as(host.spec_with(ten.clone())).await;
+    assert_ne!(link_of(&host, &id).await, link_of(&host, &other).await);
+    host.engine.destroy(&other).await.unwrap();
+    host.engine.set_egress(&id, &policy(true, &[])).await.unwrap();
+    assert_eq!(link_of(&host, &id).await, None, "allowed nothing, it has no link");
+    assert_eq!(get(&host, &id, "http://198.51.100.11:8080").await, "");
+    assert!(!names(&host).await);
+    assert!(!sh(&*host.engine, &id, "cat /etc/resolv.conf").await.stdout.contains("nameserver"));
+
+    // A paused one is told when it goes on; a stopped one starts with it.
+    host.engine.pause(&id).await.unwrap();
+    host.engine.set_egress(&id, &ten).await.unwrap();
+    host.engine.resume(&id).await.unwrap();
+    assert!(names(&host).await);
+    assert_eq!(get_ten(&host, &id).await, "I am 198.51.100.10\n");
+    host.engine.stop(&id, std::time::Duration::from_secs(3)).await.unwrap();
+    host.engine.set_egress(&id, &eleven).await.unwrap();
+    host.engine.start(&id).await.unwrap();
+    assert_eq!(get_ten(&host, &id).await, "");
+    assert_eq!(get(&host, &id, "http://198.51.100.11:8080").await, "I am 198.51.100.11\n");
+    host.engine.destroy(&id).await.unwrap();
+    assert_eq!(harness::leftovers(&host, &[id, other]), Vec::<String>::new());
 }
