@@ -21,10 +21,7 @@ use std::{
 
 use harness::{Host, eventually, sh, shell};
 use nix::sched::{CloneFlags, unshare};
-use tiffin_engine::{
-    Engine, EngineError, Observed, Target,
-    agent::{self, ExecItem},
-};
+use tiffin_engine::{Engine, EngineError, Observed, Target, agent};
 use tiffin_types::{
     id::{SnapshotId, VmId},
     network::{EgressPolicy, parse_allow_entry},
@@ -256,17 +253,13 @@ async fn a_policy_that_changes_changes_what_is_open_and_what_comes() {
     let dialled = host.engine.dial(&id, Target::Agent).await.unwrap();
     let token = host.engine.agent_token(&id).await.unwrap();
     let mut talk = agent::exec(dialled, &token, shell(TALK)).await.unwrap();
-    let mut said = async || match talk.next().await.unwrap() {
-        ExecItem::Stdout(bytes) => String::from_utf8(bytes).unwrap(),
-        other => panic!("{other:?}"),
-    };
-    assert_eq!(said().await, "talking\n");
+    assert_eq!(harness::next_line(&mut talk).await, "talking");
     // A wider policy cuts nothing off, and an open connection can't be saved.
     host.engine.set_egress(&id, &policy(true, &["198.51.100.10/32", "198.51.100.11/32"])).await.unwrap();
     let refused = host.engine.snapshot_save(&id, &SnapshotId::random()).await;
     assert!(matches!(refused, Err(EngineError::WrongState(state)) if state.contains("in touch")), "{refused:?}");
     host.engine.set_egress(&id, &eleven).await.unwrap();
-    assert_eq!(said().await, "cut off\n");
+    assert_eq!(harness::next_line(&mut talk).await, "cut off");
     drop(talk);
     assert_eq!(get_ten(&host, &id).await, "");
     assert_eq!(get(&host, &id, "http://198.51.100.11:8080").await, "I am 198.51.100.11\n");

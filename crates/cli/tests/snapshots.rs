@@ -219,6 +219,9 @@ async fn memory_and_files_are_of_one_moment_over_twenty_generations() {
     assert_eq!(harness::leftovers(&host, &[id]), Vec::<String>::new());
 }
 
+/// What happens to a file.
+type Damage = fn(&mut Vec<u8>);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_that_is_not_as_it_was_saved_is_refused_by_name() {
     let mut host = Host::new().await;
@@ -238,11 +241,11 @@ async fn a_snapshot_that_is_not_as_it_was_saved_is_refused_by_name() {
             other => panic!("{other:?}"),
         }
     };
-    let damages: [(&str, fn(&mut Vec<u8>), &str); 6] = [
+    let damages: [(&str, Damage, &str); 6] = [
         ("disk.ext4", |bytes| bytes[70_000] ^= 1, "disk.ext4 has changed"),
         ("disk.ext4", |bytes| bytes.truncate(1 << 20), "disk.ext4 has another length"),
         ("memory/pages.img", |bytes| bytes[4096] ^= 0x80, "memory/pages.img has changed"),
-        ("memory/checkpoint.img", |bytes| drop(bytes.pop()), "memory/checkpoint.img has another length"),
+        ("memory/checkpoint.img", |bytes| bytes.truncate(bytes.len() - 1), "memory/checkpoint.img has another length"),
         ("manifest.json", |bytes| bytes.truncate(200), "its manifest can't be read"),
         (
             "manifest.json",
@@ -337,22 +340,16 @@ async fn a_vm_with_commands_or_deleted_files_open_is_not_saved_and_not_disturbed
     let id = host.running_as(spec.clone()).await;
     let dialled = host.engine.dial(&id, Target::Agent).await.unwrap();
     let token = host.engine.agent_token(&id).await.unwrap();
-    let mut exec = shell("echo begun; while read -r line; do echo got $line; done; echo done");
-    exec.stdin = true;
-    let (mut input, mut stream) = agent::exec(dialled, &token, exec).await.unwrap().split();
-    let next = async |stream: &mut agent::ExecOutput| match stream.next().await.unwrap() {
-        ExecItem::Stdout(bytes) => String::from_utf8(bytes).unwrap(),
-        other => panic!("{other:?}"),
-    };
-    assert_eq!(next(&mut stream).await, "begun\n");
+    // It waits for a file, so that nothing but the connection of its own is open.
+    let line = "echo begun; until [ -e /workspace/go ]; do sleep 0.1; done; echo done";
+    let mut stream = agent::exec(dialled, &token, shell(line)).await.unwrap();
+    assert_eq!(harness::next_line(&mut stream).await, "begun");
     let refused = host.engine.snapshot_save(&id, &SnapshotId::random()).await;
     assert!(matches!(refused, Err(EngineError::WrongState(state)) if state.contains("in touch")), "{refused:?}");
-    input.write(b"a line\n").await.unwrap();
-    assert_eq!(next(&mut stream).await, "got a line\n", "it goes on undisturbed");
-    input.end().await.unwrap();
-    assert_eq!(next(&mut stream).await, "done\n");
-    while !matches!(stream.next().await.unwrap(), ExecItem::Done(_)) {}
-    drop((input, stream));
+    sh(&*host.engine, &id, "touch /workspace/go").await;
+    assert_eq!(harness::next_line(&mut stream).await, "done", "it goes on undisturbed");
+    assert!(matches!(stream.next().await.unwrap(), ExecItem::Done(done) if done.exit_code == 0));
+    drop(stream);
     let snapshot = save(&host, &id).await;
 
     // What talks within the VM is no hindrance, a deleted file that is open is one.

@@ -175,6 +175,19 @@ pub(crate) async fn exec(engine: &dyn Engine, id: &VmId, exec: Exec) -> Output {
     Output { stdout: text(stdout), stderr: text(stderr), done }
 }
 
+/// The next line that a running command writes to standard output, in however many pieces, when it writes no more than
+/// that.
+pub(crate) async fn next_line(stream: &mut agent::ExecStream) -> String {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        match stream.next().await.unwrap() {
+            ExecItem::Stdout(bytes) => line.extend(bytes),
+            other => panic!("{other:?}"),
+        }
+    }
+    String::from_utf8(line).unwrap().trim_end().to_owned()
+}
+
 /// Waits until `what` holds, or fails.
 pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
