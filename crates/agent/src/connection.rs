@@ -11,6 +11,8 @@ use serde_json::json;
 use tiffin_protocol::{Boot, Failure, FailureCode, Kind, Op, Pong, Renew, encode};
 
 use crate::exec::{self, Ended, Guest};
+use crate::files;
+use crate::handover::Handover;
 use crate::identity::{Current, Identity};
 use crate::jobs::Jobs;
 use crate::reaper::Reaper;
@@ -34,12 +36,18 @@ pub struct Service {
     /// Held while the guest becomes another: one change after the other.
     renewing: Mutex<()>,
     guest: Guest,
+    handover: Option<Handover>,
 }
 
 impl Service {
-    /// The service of a guest that was booted by `boot`.
-    pub fn new(boot: Boot, jobs: Jobs, reaper: Arc<Reaper>) -> Self {
-        Service { identity: Current::new(boot.into()), renewing: Mutex::default(), guest: Guest { jobs, reaper } }
+    /// The service of a guest that was booted by `boot`. Without a handover it can't run scripts or move files.
+    pub fn new(boot: Boot, jobs: Jobs, reaper: Arc<Reaper>, handover: Option<Handover>) -> Self {
+        Service {
+            identity: Current::new(boot.into()),
+            renewing: Mutex::default(),
+            guest: Guest { jobs, reaper },
+            handover,
+        }
     }
 
     /// Who the guest is at this moment.
@@ -67,17 +75,16 @@ impl Service {
     fn run(&self, op: Op, socket: &TcpStream, first: First) {
         match op {
             Op::Ping => answer(socket, &pong()),
-            Op::Exec(command) => match exec::run(&self.guest, &command, socket, first.rest) {
-                Ended::Answered | Ended::HostGone => {}
-                Ended::Failed(failed) => fail(socket, &failed),
+            Op::Exec(command) => conclude(socket, exec::run(&self.guest, &command, socket, first.rest)),
+            Op::Script(_) => fail(socket, &failure(FailureCode::Internal, "this agent can't do that")),
+            Op::Files(files) => match &self.handover {
+                Some(handover) => conclude(socket, files::run(&self.guest, handover, &files, socket, first.rest)),
+                None => fail(socket, &no_handover()),
             },
             Op::Renew(renew) => match self.renew(renew) {
                 Ok(()) => answer(socket, &pong()),
                 Err(refused) => fail(socket, &refused),
             },
-            Op::Script(_) | Op::Files(_) => {
-                fail(socket, &failure(FailureCode::Internal, "this agent can't do that"));
-            }
             Op::Shutdown(shutdown) => {
                 crate::shutdown::end_guest(Duration::from_millis(shutdown.grace_ms));
                 answer(socket, &json!({}));
@@ -97,6 +104,18 @@ impl Service {
         self.identity.replace(renew.boot.into());
         Ok(())
     }
+}
+
+/// Answers what [`exec`] has left to be answered.
+fn conclude(socket: &TcpStream, ended: Ended) {
+    match ended {
+        Ended::Answered | Ended::HostGone => {}
+        Ended::Failed(failed) => fail(socket, &failed),
+    }
+}
+
+fn no_handover() -> Failure {
+    failure(FailureCode::Internal, "the guest has no folder for scripts' results and file operations' answers")
 }
 
 fn pong() -> Pong {

@@ -173,7 +173,7 @@ fn mount_unified(at: &Path) -> io::Result<()> {
 
 /// Makes a folder that only root can enter. One that is there already (from an earlier run, or planted in the image) is
 /// taken over; anything else in its place is an error.
-fn make_private(folder: &Path) -> io::Result<()> {
+pub(crate) fn make_private(folder: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(folder) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             if !fs::symlink_metadata(folder)?.is_dir() {

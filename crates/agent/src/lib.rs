@@ -20,7 +20,9 @@
 pub mod boot;
 pub mod connection;
 pub mod exec;
+pub mod files;
 pub mod guest;
+pub mod handover;
 pub mod identity;
 pub mod jobs;
 pub mod limits;
@@ -39,8 +41,13 @@ use tiffin_protocol::Event;
 /// The agent's version, as told in `Ready` and in answers to a ping.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Runs the agent; returns only when it can't go on.
+/// Runs the agent; returns only when it can't go on. In a process that the agent has started for itself: does what that
+/// is for.
 pub fn run() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    if let (Some(files::tool::WORD), Some(job)) = (arguments.next().as_deref(), arguments.next()) {
+        return files::tool::main(&job);
+    }
     // Shutting down signals every process that can be seen: only ever right where the agent is the first of them.
     if std::process::id() != 1 {
         eprintln!("tiffin-agent: it runs as process 1 of a guest only");
@@ -72,7 +79,9 @@ fn serve(events: &mut boot::Events) -> Result<std::convert::Infallible, boot::Bo
     });
     let listener = listen::bind(tiffin_protocol::AGENT_PORT).map_err(boot::BootError::Listen)?;
     let reaper = reaper::Reaper::start().map_err(boot::BootError::Thread)?;
-    let service = connection::Service::new(boot, jobs, reaper);
+    let handover =
+        handover::Handover::set_up(&[]).inspect_err(|error| eprintln!("tiffin-agent: no file operations: {error}"));
+    let service = connection::Service::new(boot, jobs, reaper, handover.ok());
     events.send(&Event::Ready { version: VERSION.to_owned() });
     listen::serve_forever(listener, service)
 }
