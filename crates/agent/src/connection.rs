@@ -11,7 +11,6 @@ use serde_json::json;
 use tiffin_protocol::{Boot, Failure, FailureCode, Kind, Op, Pong, Renew, encode};
 
 use crate::exec::{self, Ended, Guest};
-use crate::files;
 use crate::handover::Handover;
 use crate::identity::{Current, Identity};
 use crate::jobs::Jobs;
@@ -19,6 +18,7 @@ use crate::reaper::Reaper;
 use crate::renew::Renewal;
 use crate::request::{failure, parse};
 use crate::wire::{First, WireError, read_first, write_all};
+use crate::{files, script};
 
 /// How long a request may take to arrive.
 pub const REQUEST_LIMIT: Duration = Duration::from_secs(10);
@@ -76,7 +76,10 @@ impl Service {
         match op {
             Op::Ping => answer(socket, &pong()),
             Op::Exec(command) => conclude(socket, exec::run(&self.guest, &command, socket, first.rest)),
-            Op::Script(_) => fail(socket, &failure(FailureCode::Internal, "this agent can't do that")),
+            Op::Script(script) => match &self.handover {
+                Some(handover) => conclude(socket, script::run(&self.guest, handover, &script, socket, first.rest)),
+                None => fail(socket, &no_handover()),
+            },
             Op::Files(files) => match &self.handover {
                 Some(handover) => conclude(socket, files::run(&self.guest, handover, &files, socket, first.rest)),
                 None => fail(socket, &no_handover()),

@@ -31,6 +31,7 @@ pub mod processes;
 pub mod reaper;
 pub mod renew;
 pub mod request;
+pub mod script;
 pub mod shutdown;
 pub mod wire;
 
@@ -79,8 +80,8 @@ fn serve(events: &mut boot::Events) -> Result<std::convert::Infallible, boot::Bo
     });
     let listener = listen::bind(tiffin_protocol::AGENT_PORT).map_err(boot::BootError::Listen)?;
     let reaper = reaper::Reaper::start().map_err(boot::BootError::Thread)?;
-    let handover =
-        handover::Handover::set_up(&[]).inspect_err(|error| eprintln!("tiffin-agent: no file operations: {error}"));
+    let handover = handover::Handover::set_up(&script::PRELUDES)
+        .inspect_err(|error| eprintln!("tiffin-agent: no scripts and no file operations: {error}"));
     let service = connection::Service::new(boot, jobs, reaper, handover.ok());
     events.send(&Event::Ready { version: VERSION.to_owned() });
     listen::serve_forever(listener, service)
