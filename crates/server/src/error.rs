@@ -62,9 +62,32 @@ pub(crate) enum AppError {
     /// The body is too large.
     #[error("the body is larger than {0} bytes, the most that is taken")]
     TooLarge(usize),
+    /// Something else is over its limit; says what and which.
+    #[error("{0}")]
+    OverLimit(String),
     /// The body is of the wrong type.
-    #[error("the body must be JSON: send Content-Type: application/json")]
-    MediaType,
+    #[error("the body must be {what}: send Content-Type: {types}")]
+    MediaType {
+        /// What it must be.
+        what: &'static str,
+        /// How that is said in the header.
+        types: &'static str,
+    },
+    /// The archive breaks a rule; says which.
+    #[error("the archive is refused, and nothing of it was written: {0}")]
+    BadArchive(String),
+    /// There is no such file in the VM.
+    #[error("{0}")]
+    FileNotFound(String),
+    /// Moving files took too long.
+    #[error("moving the files took longer than the server lets it take; move fewer at once")]
+    FilesTimeout,
+    /// The connection was to become a WebSocket and can't.
+    #[error("{0}")]
+    NoUpgrade(String),
+    /// A page of another site made the request.
+    #[error("this request comes from another site's page: send an API key, or use a page of this server")]
+    ForeignOrigin,
     /// Understood, but it can't be done.
     #[error("{message}")]
     Unprocessable {
@@ -251,7 +274,13 @@ fn describe(error: &AppError) -> (StatusCode, &str, Value) {
         AppError::BodyTimeout => (StatusCode::REQUEST_TIMEOUT, "body_timeout", Value::Null),
         AppError::Conflict { code, details, .. } => (StatusCode::CONFLICT, code, details.clone()),
         AppError::TooLarge(limit) => (StatusCode::PAYLOAD_TOO_LARGE, "too_large", json!({ "limitBytes": limit })),
-        AppError::MediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", Value::Null),
+        AppError::OverLimit(_) => (StatusCode::PAYLOAD_TOO_LARGE, "too_large", Value::Null),
+        AppError::MediaType { .. } => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", Value::Null),
+        AppError::BadArchive(_) => (StatusCode::BAD_REQUEST, "bad_archive", Value::Null),
+        AppError::FileNotFound(_) => (StatusCode::NOT_FOUND, "file_not_found", Value::Null),
+        AppError::FilesTimeout => (StatusCode::GATEWAY_TIMEOUT, "files_timeout", Value::Null),
+        AppError::NoUpgrade(_) => (StatusCode::UPGRADE_REQUIRED, "upgrade_required", Value::Null),
+        AppError::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin", Value::Null),
         AppError::Unprocessable { code, .. } => (StatusCode::UNPROCESSABLE_ENTITY, code, Value::Null),
         AppError::OverQuota(over) => (
             StatusCode::TOO_MANY_REQUESTS,

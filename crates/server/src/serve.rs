@@ -9,7 +9,6 @@ use axum::{Router, routing::RouterIntoService};
 use hyper::{Request, body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
 use tiffin_engine::Engine;
@@ -73,18 +72,16 @@ pub async fn serve(
 
 async fn accept_until_shutdown(app: &Arc<App>, listener: TcpListener) {
     let router = api::router(Arc::clone(app));
-    let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(app.config.http.max_connections.min(Semaphore::MAX_PERMITS)));
     let connections = TaskTracker::new();
     // Cancelled when the grace is over: cuts the connections that are left.
     let cut = CancellationToken::new();
     while let Some((stream, peer, place)) = next_connection(app, &listener, &places).await {
-        let connection = connection(app, stream, peer, router.clone());
-        let watched = graceful.watch(connection);
+        let served = served(connection(app, stream, peer, router.clone()), app.shutdown.clone());
         let cut = cut.clone();
         connections.spawn(async move {
             // A client that breaks off or is too slow is its own business.
-            if let Some(Err(error)) = cut.run_until_cancelled(watched).await {
+            if let Some(Err(error)) = cut.run_until_cancelled(served).await {
                 tracing::debug!(error = chain(&error), "a connection ended early");
             }
             drop(place);
@@ -94,11 +91,22 @@ async fn accept_until_shutdown(app: &Arc<App>, listener: TcpListener) {
     connections.close();
     let grace = app.config.http.shutdown_grace;
     tracing::info!(connections = connections.len(), grace_ms = grace.as_millis(), "shutting down");
-    if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
+    if tokio::time::timeout(grace, connections.wait()).await.is_err() {
         tracing::warn!(connections = connections.len(), "cutting the connections that are left");
     }
     cut.cancel();
     connections.wait().await;
+}
+
+/// Serves a connection to its end, or, at a shutdown, to the end of the request that it is at. (hyper-util's own graceful
+/// shutdown knows no connections that may be upgraded.)
+async fn served(connection: Connection, shutdown: CancellationToken) -> hyper::Result<()> {
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        served = connection.as_mut() => return served,
+        () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+    connection.await
 }
 
 /// The next connection and its place among those open at once; `None` at shutdown.
@@ -140,18 +148,18 @@ impl hyper::service::Service<Request<Incoming>> for WithPeer {
     }
 }
 
-fn connection(
-    app: &App,
-    stream: TcpStream,
-    peer: IpAddr,
-    router: Router,
-) -> http1::Connection<TokioIo<Patient<TcpStream>>, WithPeer> {
+/// A connection that may become a WebSocket; those are ended by the shutdown themselves.
+type Connection = http1::UpgradeableConnection<TokioIo<Patient<TcpStream>>, WithPeer>;
+
+fn connection(app: &App, stream: TcpStream, peer: IpAddr, router: Router) -> Connection {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(error = chain(&error), "TCP_NODELAY");
     }
     let stream = Patient::new(stream, app.config.http.write_timeout);
-    http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(app.config.http.header_timeout).serve_connection(
-        TokioIo::new(stream),
-        WithPeer { peer, router: TowerToHyperService::new(router.into_service()) },
-    )
+    let service = WithPeer { peer, router: TowerToHyperService::new(router.into_service()) };
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(app.config.http.header_timeout)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades()
 }

@@ -7,6 +7,7 @@ pub mod account;
 pub mod id;
 pub mod limits;
 pub mod network;
+pub mod path;
 pub mod snapshot;
 pub mod time;
 pub mod vm;

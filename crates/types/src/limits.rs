@@ -26,6 +26,24 @@ pub const ENV_VAR_BYTES: usize = 32_768;
 pub const ENV_BYTES: usize = 262_144;
 /// Length of a path, in bytes (Linux's `PATH_MAX`).
 pub const PATH_BYTES: usize = 4096;
+/// Length of a script's text, in bytes.
+pub const SCRIPT_CODE_BYTES: RangeInclusive<usize> = 1..=1_048_576;
+/// Arguments of a script.
+pub const SCRIPT_ARGS_MAX: usize = 256;
+/// Bytes of a script's arguments together.
+pub const SCRIPT_ARGS_BYTES: usize = 131_072;
+/// Options of the runtime that a script names.
+pub const SCRIPT_FLAGS_MAX: usize = 64;
+/// Bytes of what a script says of itself; more is an error of the script's.
+pub const SCRIPT_RESULT_BYTES: usize = 1_048_576;
+/// Entries of a folder that is listed.
+pub const FILE_LIST_ENTRIES: u64 = 5000;
+/// Columns, and rows, of a terminal.
+pub const TERMINAL_SIDE: RangeInclusive<u16> = 1..=1000;
+/// A terminal's columns and rows when the request names none.
+pub const TERMINAL_DEFAULT: (u16, u16) = (80, 24);
+/// Bytes of one message from a terminal's client.
+pub const TERMINAL_MESSAGE_BYTES: usize = 262_144;
 /// Lines of a log tail.
 pub const LOG_TAIL: RangeInclusive<u32> = 1..=1000;
 /// Lines of a log tail when the request names none.

@@ -1,12 +1,12 @@
-//! Request bodies: JSON objects, bounded in size and time, read field by field.
+//! Request bodies: JSON objects, bounded in size and time, read field by field; and bytes that are passed on as they come.
 //!
 //! Invariant: whatever the body is, the answer names what is wrong with it, every wrong field at once; a field that
 //! nobody asked for is an error, as a misspelt one would otherwise be ignored without a word.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
-    body::{Body, HttpBody},
+    body::{Body, BodyDataStream, HttpBody},
     extract::{FromRequest, Request},
     http::{HeaderMap, header},
 };
@@ -72,11 +72,16 @@ fn is_json(headers: &HeaderMap) -> Result<(), AppError> {
     if essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json")) {
         return Ok(());
     }
-    Err(AppError::MediaType)
+    Err(AppError::MediaType { what: "JSON", types: "application/json" })
+}
+
+/// How many bytes the client says that it sends.
+fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok())
 }
 
 async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Vec<u8>, AppError> {
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let announced = announced(headers);
     if announced.is_some_and(|bytes| bytes > limit as u64) && headers.contains_key(header::EXPECT) {
         // The client asks before it sends.
         return Err(AppError::TooLarge(limit));
@@ -94,6 +99,64 @@ async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Vec<u8>, 
         }
     }
     if seen > limit { Err(AppError::TooLarge(limit)) } else { Ok(bytes) }
+}
+
+/// A body that is passed on as it comes: pieces, until it is over or breaks off.
+pub(crate) struct RawBody {
+    pieces: BodyDataStream,
+    announced: Option<u64>,
+    /// Whether the client waits for a word before it sends.
+    asks_first: bool,
+}
+
+impl RawBody {
+    /// The body of a request whose type is one of `types`; `limit` is the most that is taken.
+    pub(crate) async fn new(
+        request: Request,
+        types: &[&str],
+        wanted: (&'static str, &'static str),
+        limit: u64,
+        patience: Duration,
+    ) -> Result<Self, AppError> {
+        let (parts, body) = request.into_parts();
+        let value = parts.headers.get(header::CONTENT_TYPE).map(|value| value.to_str().unwrap_or(""));
+        let essence = value.unwrap_or("").split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+        let asks_first = parts.headers.contains_key(header::EXPECT);
+        let body = Self { pieces: body.into_data_stream(), announced: announced(&parts.headers), asks_first };
+        let refused = if !types.contains(&essence.as_str()) {
+            AppError::MediaType { what: wanted.0, types: wanted.1 }
+        } else if body.announced.is_some_and(|bytes| bytes > limit) {
+            AppError::TooLarge(usize::try_from(limit).unwrap_or(usize::MAX))
+        } else {
+            return Ok(body);
+        };
+        body.drain(patience).await;
+        Err(refused)
+    }
+
+    /// Reads and drops what is left of a body that is of no use any more: many clients read no answer before they have
+    /// sent all. Bounded in bytes and time.
+    pub(crate) async fn drain(mut self, patience: Duration) {
+        if self.asks_first || self.announced.is_some_and(|bytes| bytes > DRAINED as u64) {
+            return;
+        }
+        let all = async {
+            let mut seen = 0_usize;
+            while let Some(Ok(piece)) = self.pieces.next().await {
+                seen = seen.saturating_add(piece.len());
+                if seen > DRAINED {
+                    return;
+                }
+            }
+        };
+        // The answer goes out anyway.
+        let _ = tokio::time::timeout(patience, all).await;
+    }
+
+    /// The pieces.
+    pub(crate) fn pieces(&mut self) -> &mut BodyDataStream {
+        &mut self.pieces
+    }
 }
 
 fn parse(bytes: &[u8]) -> Result<JsonObject, AppError> {
@@ -156,6 +219,31 @@ impl Fields {
         read: impl FnOnce(Value) -> Option<T>,
     ) -> Option<T> {
         if self.object.contains_key(name) { self.required(name, expected, read) } else { Some(default) }
+    }
+
+    /// A list of texts, each without NUL; missing is empty. `check` tells what else an entry must be.
+    pub(crate) fn texts(
+        &mut self,
+        name: &str,
+        most: usize,
+        check: impl Fn(&str) -> Result<(), String>,
+    ) -> Option<Vec<String>> {
+        let expected = format!("must be a list of at most {most} texts");
+        let given = self.optional(name, Vec::new(), &expected, |value| match value {
+            Value::Array(given) if given.len() <= most => Some(given),
+            _ => None,
+        })?;
+        let mut texts = Vec::with_capacity(given.len());
+        for (at, value) in given.into_iter().enumerate() {
+            match text(value).filter(|text| !text.contains('\0')) {
+                None => self.wrong(format!("{name}[{at}]"), "must be a text without NUL"),
+                Some(text) => match check(&text) {
+                    Ok(()) => texts.push(text),
+                    Err(message) => self.wrong(format!("{name}[{at}]"), message),
+                },
+            }
+        }
+        Some(texts)
     }
 
     /// The field's object, whose own fields are then taken from what is returned.

@@ -1,6 +1,6 @@
 //! `/v1/vms/{id}/exec`: JSON at the end, or server-sent events as it comes.
 
-mod events;
+pub(super) mod events;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use axum::{
 };
 use serde::Serialize;
 use serde_json::Value;
-use tiffin_types::{id::VmId, limits};
+use tiffin_types::{id::VmId, limits, path::WORKSPACE};
 use utoipa::ToSchema;
 
 use super::{
@@ -29,9 +29,6 @@ use crate::{
     },
     error::AppError,
 };
-
-/// The default of `cwd`.
-const WORKSPACE: &str = "/workspace";
 
 /// A command to run.
 #[derive(ToSchema)]
@@ -123,7 +120,7 @@ pub(crate) async fn exec_create(
     Ok((timing, Json(ExecBody::from(output))).into_response())
 }
 
-fn wants_events(headers: &HeaderMap) -> bool {
+pub(super) fn wants_events(headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(header::ACCEPT);
     accepted.iter().filter_map(|value| value.to_str().ok()).any(|value| value.contains("text/event-stream"))
 }
@@ -139,11 +136,15 @@ fn exec_request(mut fields: Fields, max_timeout_ms: u64) -> Result<ExecRequest, 
         text(value).filter(|path| path.starts_with('/') && path.len() <= limits::PATH_BYTES && !path.contains('\0'))
     });
     let env = env(&mut fields);
-    let default = limits::EXEC_TIMEOUT_MS_DEFAULT.min(max_timeout_ms);
-    let expected = format!("must be a whole number from 1 to {max_timeout_ms}");
-    let timeout_ms = fields.optional("timeoutMs", default, &expected, whole(1..=max_timeout_ms));
+    let timeout_ms = timeout_ms(&mut fields, max_timeout_ms);
     let request = (|| Some(ExecRequest { cmd: cmd?, cwd: cwd?, env: env?, timeout_ms: timeout_ms? }))();
     fields.finish_with(request, "cmd, cwd, env, timeoutMs are")
+}
+
+/// The field `timeoutMs`.
+pub(super) fn timeout_ms(fields: &mut Fields, most: u64) -> Option<u64> {
+    let expected = format!("must be a whole number from 1 to {most}");
+    fields.optional("timeoutMs", limits::EXEC_TIMEOUT_MS_DEFAULT.min(most), &expected, whole(1..=most))
 }
 
 fn env(fields: &mut Fields) -> Option<BTreeMap<String, String>> {

@@ -112,6 +112,19 @@ impl Parameters {
         }
     }
 
+    /// A parameter that must be given.
+    pub(crate) fn required<T>(
+        &mut self,
+        name: &str,
+        expected: &str,
+        read: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<T, AppError> {
+        match self.0.remove(name) {
+            Some(text) => read(&text).ok_or_else(|| AppError::field(name, expected)),
+            None => Err(AppError::field(name, format!("is missing; it {expected}"))),
+        }
+    }
+
     /// Refuses what nobody took.
     pub(crate) fn finish(self, known: &str) -> Result<(), AppError> {
         if self.0.is_empty() {

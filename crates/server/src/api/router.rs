@@ -7,7 +7,10 @@ use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-use super::{accounts, api_keys, docs, exec, gate, health, images, layer, openapi, sessions, snapshots, vm_logs, vms};
+use super::{
+    accounts, api_keys, docs, exec, files, gate, health, images, layer, openapi, scripts, sessions, snapshots,
+    terminal, vm_logs, vms,
+};
 use crate::{app::App, error::AppError};
 
 /// Every operation of the API.
@@ -26,6 +29,13 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(snapshots::snapshot_get, snapshots::snapshot_delete))
         .routes(routes!(vm_logs::vm_log_get))
         .routes(routes!(exec::exec_create))
+        .routes(routes!(scripts::script_ts_run))
+        .routes(routes!(scripts::script_js_run))
+        .routes(routes!(terminal::terminal_open))
+        .routes(routes!(files::file_list))
+        .routes(routes!(files::files_upload))
+        .routes(routes!(files::files_download))
+        .routes(routes!(files::file_get, files::file_update))
         .routes(routes!(images::image_list))
         .routes(routes!(accounts::account_create, accounts::account_list))
         .routes(routes!(accounts::account_get, accounts::account_update))

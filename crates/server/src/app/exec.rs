@@ -9,37 +9,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::json;
-use tiffin_engine::{
-    Connection, EngineError, Observed, Target,
-    agent::{self, AgentError, ExecItem, ExecStream},
-};
-use tiffin_protocol::{Command, Exec, ExecDone, FailureCode};
-use tiffin_store::Vm;
-use tiffin_types::{
-    account::Scope,
-    id::VmId,
-    limits::EXEC_OUTPUT_BYTES,
-    vm::{EndReport, VmState},
-};
+use tiffin_engine::agent::{self, ExecItem, ExecStream};
+use tiffin_protocol::{Command, Exec, ExecDone, Outcome};
+use tiffin_types::{account::Scope, id::VmId, limits::EXEC_OUTPUT_BYTES};
 
 use super::{
     App,
     auth::Caller,
-    places::CommandPlace,
-    vms::{vm_get, wrong_state},
+    guest::{GUEST_USER, Guest, SLACK, reach},
+    scripts,
 };
-use crate::{error::AppError, metrics, reconcile};
-
-/// Commands run as this user and group.
-const GUEST_USER: u32 = 1000;
-/// How long reaching the agent may take.
-const DIAL: Duration = Duration::from_secs(5);
-/// How much longer than the command's own limit its answer may take.
-const SLACK: Duration = Duration::from_secs(5);
-/// How long an end may take to be noticed after the guest has hung up.
-const NOTICE: Duration = Duration::from_secs(2);
-const NOTICE_POLL: Duration = Duration::from_millis(50);
+use crate::{error::AppError, metrics};
 
 /// A command to run; its fields are within their ranges.
 pub(crate) struct ExecRequest {
@@ -54,16 +34,16 @@ pub(crate) struct ExecOutput {
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: Vec<u8>,
     pub(crate) done: ExecDone,
+    /// What a script said of itself; a command says nothing.
+    pub(crate) outcome: Outcome,
 }
 
-/// A command that runs.
+/// A command, or a script, that runs.
 pub(crate) struct Running {
-    app: Arc<App>,
-    vm: Vm,
+    guest: Guest,
     stream: ExecStream,
     began: Instant,
     deadline: tokio::time::Instant,
-    _place: CommandPlace,
 }
 
 /// Starts a command.
@@ -75,39 +55,32 @@ pub(crate) async fn exec_start(
 ) -> Result<Running, AppError> {
     caller.require(Scope::Write)?;
     let began = Instant::now();
-    let vm = vm_get(app, caller, id).await?;
-    if vm.state != VmState::Running {
-        return Err(wrong_state(&vm, "RUNNING"));
-    }
-    let place = app.commands.take(id)?;
-    let deadline = tokio::time::Instant::now() + Duration::from_millis(request.timeout_ms) + SLACK;
-    let (connection, token) = match tokio::time::timeout(DIAL, dial(app, id)).await {
-        Ok(Ok(reached)) => reached,
-        Ok(Err(error)) => return Err(unreachable(app, &vm, error).await),
-        Err(_) => return Err(AppError::AgentTimeout),
-    };
+    let (guest, connection, token) = reach(app, caller, id).await?;
+    let timeout_ms = request.timeout_ms;
     let exec = Exec {
         command: Command::Shell(request.cmd),
         cwd: request.cwd,
         env: request.env,
         uid: GUEST_USER,
         gid: GUEST_USER,
-        timeout_ms: request.timeout_ms,
+        timeout_ms,
         stdout_cap: EXEC_OUTPUT_BYTES as u64,
         stderr_cap: EXEC_OUTPUT_BYTES as u64,
         stdin: false,
         terminal: None,
     };
-    let stream = match tokio::time::timeout(DIAL, agent::exec(connection, &token, exec)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return Err(failure(app, &vm, error).await),
-        Err(_) => return Err(AppError::AgentTimeout),
-    };
-    Ok(Running { app: Arc::clone(app), vm, stream, began, deadline, _place: place })
+    let stream = guest.begin(agent::exec(connection, &token, exec)).await?;
+    Ok(Running::new(guest, stream, began, timeout_ms))
 }
 
 impl Running {
-    /// The next piece of output, or the end, after which nothing may be asked.
+    /// What began at that moment and may take so long in the guest.
+    pub(super) fn new(guest: Guest, stream: ExecStream, began: Instant, timeout_ms: u64) -> Self {
+        let deadline = tokio::time::Instant::now() + Duration::from_millis(timeout_ms) + SLACK;
+        Self { guest, stream, began, deadline }
+    }
+
+    /// The next piece of output, or the end, after which nothing may be asked but the outcome.
     pub(crate) async fn next(&mut self) -> Result<ExecItem, AppError> {
         match tokio::time::timeout_at(self.deadline, self.stream.next()).await {
             Ok(Ok(item)) => {
@@ -116,9 +89,14 @@ impl Running {
                 }
                 Ok(item)
             }
-            Ok(Err(error)) => Err(failure(&self.app, &self.vm, error).await),
+            Ok(Err(error)) => Err(self.guest.failure(error).await),
             Err(_) => Err(AppError::AgentTimeout),
         }
+    }
+
+    /// What a script that has ended said of itself.
+    pub(crate) fn outcome(&mut self) -> Outcome {
+        scripts::outcome(self.stream.take_result())
     }
 
     /// When the command is given up.
@@ -133,74 +111,11 @@ impl Running {
             match self.next().await? {
                 ExecItem::Stdout(bytes) => stdout.extend(bytes),
                 ExecItem::Stderr(bytes) => stderr.extend(bytes),
-                ExecItem::Done(done) => return Ok(ExecOutput { stdout, stderr, done }),
+                ExecItem::Done(done) => {
+                    let outcome = self.outcome();
+                    return Ok(ExecOutput { stdout, stderr, done, outcome });
+                }
             }
         }
     }
-}
-
-async fn dial(app: &App, id: &VmId) -> Result<(Connection, String), EngineError> {
-    let token = app.engine.agent_token(id).await?;
-    Ok((app.engine.dial(id, Target::Agent).await?, token))
-}
-
-/// Why the agent could not be reached: mostly as the VM has just ended.
-async fn unreachable(app: &Arc<App>, vm: &Vm, error: EngineError) -> AppError {
-    match error {
-        EngineError::Absent | EngineError::WrongState(_) | EngineError::Host { .. } => {
-            ended(app, vm).await.unwrap_or_else(|| AppError::Agent(Box::new(error)))
-        }
-        other => other.into(),
-    }
-}
-
-async fn failure(app: &Arc<App>, vm: &Vm, error: AgentError) -> AppError {
-    match error {
-        AgentError::Refused(failure) => match failure.code {
-            FailureCode::BadCwd => AppError::field("cwd", "must be an existing directory in the VM"),
-            FailureCode::BadCommand => AppError::Unprocessable { code: "bad_command", message: failure.message },
-            FailureCode::NoRoom => AppError::Unprocessable {
-                code: "guest_full",
-                message: "the VM has no room for another process: end some of its processes".into(),
-            },
-            FailureCode::Unauthorized
-            | FailureCode::BadRequest
-            | FailureCode::Internal
-            | FailureCode::NotFound
-            | FailureCode::Forbidden
-            | FailureCode::BadArchive
-            | FailureCode::TooLarge
-            | FailureCode::NoSpace
-            | FailureCode::TimedOut => AppError::Agent(failure.message.into()),
-        },
-        AgentError::TimedOut => AppError::AgentTimeout,
-        AgentError::RequestTooLarge => AppError::BadRequest(
-            "the request is too large for the VM's agent: send less, or fewer control characters".into(),
-        ),
-        AgentError::Protocol(_) | AgentError::OutputTooLarge => AppError::Agent(Box::new(error)),
-        AgentError::Lost(_) => ended(app, vm).await.unwrap_or_else(|| AppError::Agent(Box::new(error))),
-    }
-}
-
-/// The conflict to answer with when the VM has ended, as is mostly the case when the agent is suddenly gone.
-async fn ended(app: &Arc<App>, vm: &Vm) -> Option<AppError> {
-    let noticed = async {
-        while matches!(app.engine.observe(&vm.id).await, Observed::Running | Observed::Unknown) {
-            tokio::time::sleep(NOTICE_POLL).await;
-        }
-        reconcile::vm_reconcile(app, vm, None).await
-    };
-    if let Ok(Err(error)) = tokio::time::timeout(NOTICE, noticed).await {
-        tracing::warn!(vm_id = %vm.id, error = error.inside(), "the end of VM {} can't be recorded", vm.id);
-    }
-    let now = app.store.vm_get(&vm.account_id, &vm.id).await.ok().flatten()?;
-    if now.state == VmState::Deleted {
-        return Some(AppError::NotFound("VM"));
-    }
-    let why = now.end.as_ref().map_or("it is going down", |end: &EndReport| end.message.as_str());
-    (now.state != VmState::Running).then(|| AppError::Conflict {
-        code: "vm_ended",
-        message: format!("the VM ended while the command ran and is {} now: {why}", now.state),
-        details: json!({ "state": now.state, "reason": now.end.as_ref().map(|end| end.reason) }),
-    })
 }

@@ -7,13 +7,17 @@ pub(crate) mod accounts;
 pub(crate) mod api_keys;
 pub(crate) mod auth;
 pub(crate) mod exec;
+pub(crate) mod files;
+mod guest;
 pub(crate) mod health;
 pub(crate) mod images;
 pub(crate) mod passwords;
 mod places;
 pub(crate) mod rates;
+pub(crate) mod scripts;
 pub(crate) mod sessions;
 pub(crate) mod snapshots;
+pub(crate) mod terminal;
 pub(crate) mod vms;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex};

@@ -43,6 +43,10 @@ pub struct Config {
     pub http: HttpConfig,
     /// Commands in VMs.
     pub exec: ExecConfig,
+    /// Files of VMs.
+    pub files: FilesConfig,
+    /// Terminals in VMs.
+    pub terminal: TerminalConfig,
     /// VMs.
     pub vm: VmConfig,
     /// Bounds on what the server takes on at once.
@@ -107,6 +111,34 @@ pub struct ExecConfig {
     pub max_timeout_ms: u64,
     /// Commands at once in one VM.
     pub max_concurrent: usize,
+}
+
+/// Files of VMs.
+#[derive(Debug, Clone)]
+pub struct FilesConfig {
+    /// Bytes of an uploaded archive.
+    pub upload_bytes: u64,
+    /// Bytes of its files.
+    pub unpacked_bytes: u64,
+    /// Its files and folders.
+    pub entries: u64,
+    /// Unpacked bytes for each byte of it.
+    pub ratio: u64,
+    /// Bytes of a file that is written alone.
+    pub file_bytes: u64,
+    /// Bytes of a download.
+    pub download_bytes: u64,
+    /// How long one operation may take.
+    pub timeout: Duration,
+}
+
+/// Terminals in VMs.
+#[derive(Debug, Clone)]
+pub struct TerminalConfig {
+    /// How long one may stay open.
+    pub max_session_ms: u64,
+    /// Between two questions whether its client is there.
+    pub ping: Duration,
 }
 
 /// VMs.
@@ -233,6 +265,19 @@ impl Config {
             exec: ExecConfig {
                 max_timeout_ms: values.integer("exec.max_timeout_ms")?,
                 max_concurrent: values.count("exec.max_concurrent")?,
+            },
+            files: FilesConfig {
+                upload_bytes: values.integer("files.upload_bytes")?,
+                unpacked_bytes: values.integer("files.unpacked_bytes")?,
+                entries: values.integer("files.entries")?,
+                ratio: values.integer("files.ratio")?,
+                file_bytes: values.integer("files.file_bytes")?,
+                download_bytes: values.integer("files.download_bytes")?,
+                timeout: values.millis("files.timeout_ms")?,
+            },
+            terminal: TerminalConfig {
+                max_session_ms: values.integer("terminal.max_session_ms")?,
+                ping: values.millis("terminal.ping_ms")?,
             },
             vm: VmConfig {
                 start_timeout: values.millis("vm.start_timeout_ms")?,

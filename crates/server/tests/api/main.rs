@@ -3,6 +3,7 @@
 mod accounts;
 mod api_keys;
 mod exec;
+mod files;
 mod harness;
 mod http;
 mod images;
@@ -10,8 +11,10 @@ mod logs;
 mod openapi;
 mod rates;
 mod reconcile;
+mod scripts;
 mod sessions;
 mod snapshots;
+mod terminal;
 mod vm_create;
 mod vm_fork;
 mod vms;

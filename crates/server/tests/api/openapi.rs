@@ -41,6 +41,20 @@ fn unknown_id(path: &str) -> String {
     path.replace("{id}", id)
 }
 
+/// A query that the operation takes.
+fn good_query(id: &str) -> &'static str {
+    match id {
+        "files_upload" => "?dest=/workspace/x",
+        "files_download" | "file_get" | "file_update" => "?path=/workspace/x",
+        _ => "",
+    }
+}
+
+/// The type of the operation's body, if it has one.
+fn body_type(operation: &Operation) -> Option<String> {
+    operation.spec["requestBody"]["content"].as_object()?.keys().next().cloned()
+}
+
 /// A body that the operation takes.
 fn good_body(id: &str) -> Value {
     match id {
@@ -48,6 +62,7 @@ fn good_body(id: &str) -> Value {
         "vm_fork" => json!({ "count": 1 }),
         "snapshot_create" => json!({ "name": "x" }),
         "exec_create" => json!({ "cmd": "true" }),
+        "script_ts_run" | "script_js_run" => json!({ "code": "1" }),
         "account_create" => json!({ "name": "x" }),
         "account_update" => json!({ "quota": { "vms": 1, "cpus": 1, "memMb": 1, "diskMb": 1 } }),
         "session_create" => json!({ "email": "x@y", "password": "x" }),
@@ -73,7 +88,10 @@ fn every_operation_has_an_id_a_summary_and_a_schema_for_each_answer() -> Result<
     let mut ids = Vec::new();
     for Operation { method, path, spec } in operations(&document) {
         let id = spec["operationId"].as_str().with_context(|| format!("{method} {path}"))?;
-        let verbs = ["create", "list", "get", "update", "delete", "start", "stop", "pause", "resume", "fork", "revoke"];
+        let verbs = [
+            "create", "list", "get", "update", "delete", "start", "stop", "pause", "resume", "fork", "revoke", "run",
+            "upload", "download", "open",
+        ];
         assert!(verbs.contains(&id.rsplit('_').next().unwrap()), "{id} is no <noun>_<verb>");
         assert!(spec["summary"].is_string(), "{id}");
         for (status, response) in spec["responses"].as_object().context("responses")? {
@@ -120,11 +138,30 @@ async fn every_operation_keeps_strangers_out_unless_it_is_public() -> Result<()>
     Ok(())
 }
 
+/// Headers that the operation asks for beyond the key.
+fn headers(id: &str) -> &'static [(&'static str, &'static str)] {
+    match id {
+        "terminal_open" => &[
+            ("connection", "upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+        ],
+        _ => &[],
+    }
+}
+
+/// Calls the operation, with JSON or, where it takes something else, with any bytes.
 async fn call(server: &Server, operation: &Operation, path: &str, body: Option<Value>) -> Result<Reply> {
-    let request = server.request(operation.method.clone(), path);
-    send(match body {
-        Some(body) => request.json(&body),
-        None => request,
+    let id = operation.spec["operationId"].as_str().context("an id")?;
+    let mut request = server.request(operation.method.clone(), &format!("{path}{}", good_query(id)));
+    for (name, value) in headers(id) {
+        request = request.header(*name, *value);
+    }
+    send(match (body_type(operation).as_deref(), body) {
+        (_, Some(body)) => request.json(&body),
+        (Some("application/json") | None, None) => request,
+        (Some(kind), None) => request.header("Content-Type", kind).body("bytes"),
     })
     .await
 }
@@ -134,8 +171,8 @@ async fn every_operation_on_something_unknown_is_not_found() -> Result<()> {
     let server = Server::start().await?;
     let mut seen = 0;
     for operation in operations(&document()?).iter().filter(|operation| operation.path.contains("{id}")) {
-        let body = operation.spec["requestBody"].is_object();
-        let body = body.then(|| good_body(operation.spec["operationId"].as_str().unwrap()));
+        let body = body_type(operation).filter(|kind| kind == "application/json");
+        let body = body.map(|_| good_body(operation.spec["operationId"].as_str().unwrap()));
         for path in [unknown_id(&operation.path), operation.path.replace("{id}", "malformed")] {
             call(&server, operation, &path, body.clone()).await?.refused(404, "not_found");
         }
@@ -152,6 +189,14 @@ async fn every_operation_with_a_body_refuses_a_bad_one() -> Result<()> {
     let mut seen = 0;
     for operation in operations(&document()?).iter().filter(|operation| operation.spec["requestBody"].is_object()) {
         let path = if operation.path.contains("{id}") { unknown_id(&operation.path) } else { operation.path.clone() };
+        for status in ["400", "413", "415"] {
+            assert!(operation.spec["responses"][status].is_object(), "{path} {status}");
+        }
+        seen += 1;
+        if body_type(operation).as_deref() != Some("application/json") {
+            call(&server, operation, &path, Some(json!({}))).await?.refused(415, "unsupported_media_type");
+            continue;
+        }
         // Where the body may be missing, an empty one is as good.
         if operation.spec["requestBody"]["required"] != false {
             call(&server, operation, &path, Some(json!({}))).await?.refused(400, "invalid_parameter");
@@ -161,10 +206,6 @@ async fn every_operation_with_a_body_refuses_a_bad_one() -> Result<()> {
         extra["surprise"] = json!(1);
         let message = call(&server, operation, &path, Some(extra)).await?.refused(400, "invalid_parameter");
         assert!(message.contains("surprise"), "{message}");
-        for status in ["400", "413", "415"] {
-            assert!(operation.spec["responses"][status].is_object(), "{path} {status}");
-        }
-        seen += 1;
     }
     assert!(seen >= 5);
     Ok(())

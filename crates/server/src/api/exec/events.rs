@@ -23,7 +23,7 @@ use crate::{
 const WAITING: usize = 16;
 
 /// Answers with the events of a running command. What fails before any output is an ordinary error.
-pub(super) async fn respond(app: &Arc<App>, mut running: Running, request_id: String) -> Result<Response, AppError> {
+pub(crate) async fn respond(app: &Arc<App>, mut running: Running, request_id: String) -> Result<Response, AppError> {
     let first = running.next().await?;
     let (sender, receiver) = mpsc::channel(WAITING);
     app.tasks.spawn(pump(running, first, sender, request_id));
@@ -51,6 +51,12 @@ async fn pump(mut running: Running, first: ExecItem, client: mpsc::Sender<Event>
                 }
                 if done.stdout_truncated || done.stderr_truncated {
                     exit["truncated"] = true.into();
+                }
+                let outcome = running.outcome();
+                for (name, value) in [("result", outcome.result), ("error", outcome.error)] {
+                    if let Some(value) = value {
+                        exit[name] = value;
+                    }
                 }
                 events.push(event("exit", &exit));
                 (events, true)
