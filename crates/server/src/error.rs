@@ -85,9 +85,6 @@ pub(crate) enum AppError {
     /// The connection was to become a WebSocket and can't.
     #[error("{0}")]
     NoUpgrade(String),
-    /// A page of another site made the request.
-    #[error("this request comes from another site's page: send an API key, or use a page of this server")]
-    ForeignOrigin,
     /// Understood, but it can't be done.
     #[error("{message}")]
     Unprocessable {
@@ -280,7 +277,6 @@ fn describe(error: &AppError) -> (StatusCode, &str, Value) {
         AppError::FileNotFound(_) => (StatusCode::NOT_FOUND, "file_not_found", Value::Null),
         AppError::FilesTimeout => (StatusCode::GATEWAY_TIMEOUT, "files_timeout", Value::Null),
         AppError::NoUpgrade(_) => (StatusCode::UPGRADE_REQUIRED, "upgrade_required", Value::Null),
-        AppError::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin", Value::Null),
         AppError::Unprocessable { code, .. } => (StatusCode::UNPROCESSABLE_ENTITY, code, Value::Null),
         AppError::OverQuota(over) => (
             StatusCode::TOO_MANY_REQUESTS,

@@ -137,7 +137,6 @@ pub(crate) async fn authenticate(
     }
 }
 
-#[allow(dead_code, reason = "for streams of events")]
 /// Whether a caller that was let in once would be so still; for what lasts.
 pub(crate) async fn is_still_good(app: &App, caller: &Caller) -> Result<bool, AppError> {
     match &caller.actor {

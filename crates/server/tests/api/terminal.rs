@@ -123,16 +123,25 @@ async fn what_is_wrong_before_the_upgrade_is_an_ordinary_error() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_page_of_another_site_that_has_a_key_is_let_in() -> Result<()> {
-    let server = Server::start().await?;
+async fn a_key_that_is_revoked_ends_its_terminals() -> Result<()> {
+    let server = Server::start_with(&[("terminal.ping_ms", "100")]).await?;
     let vm = server.vm().await?;
-    // With a key the page has been given one: no cookie vouches for it.
+    let own = server.get("/v1/admin/accounts").await?.ok(200)[0]["id"].clone();
+    let body = json!({ "name": "short", "scopes": ["write"], "accountId": own });
+    let key = server.post("/v1/admin/api-keys", &body).await?.ok(201);
     let url = format!("{}{vm}/terminal", server.url.replace("http://", "ws://"));
     let mut request = url.into_client_request()?;
-    request.headers_mut().insert("x-api-key", HeaderValue::from_str(&server.key)?);
-    request.headers_mut().insert("origin", HeaderValue::from_static("https://elsewhere.example"));
-    assert!(connect_async(request).await.is_ok());
-    Ok(())
+    let text = key["key"].as_str().context("a key")?;
+    request.headers_mut().insert("x-api-key", HeaderValue::from_str(text)?);
+    let mut client = Client(connect_async(request).await?.0);
+    client.types("x").await?;
+    client.shows("x").await?;
+    let id = key["id"].as_str().context("an id")?;
+    server.delete(&format!("/v1/admin/api-keys/{id}")).await?.ok(204);
+    let (_, code, reason) = client.end().await?;
+    assert_eq!(code, 1008);
+    assert!(reason.starts_with("unauthorized"), "{reason}");
+    until("it is over in the guest", async || Ok(server.fake.commands() == 0)).await
 }
 
 #[tokio::test]

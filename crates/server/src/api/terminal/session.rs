@@ -1,7 +1,7 @@
 //! A terminal that is open: its bytes between the guest and the WebSocket, until one of them ends it.
 //!
 //! Invariants: what the client doesn't take isn't read from the guest, and the other way round; a client that doesn't
-//! answer is cut off; a shutdown of the server ends it at once. Returning drops the terminal, which ends its program.
+//! answer, or whose key or session is no longer valid, is cut off; a shutdown of the server ends it at once. Returning drops the terminal, which ends its program.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -19,6 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use crate::{
     app::{
         App,
+        auth::{Caller, is_still_good},
         terminal::{Session, Terminal},
     },
     error::{AppError, log_cause, to_event},
@@ -50,6 +51,8 @@ enum End {
     ClientGone,
     /// The client doesn't answer.
     Silent,
+    /// Its key was revoked, or its session ended.
+    Unwelcome,
     /// The client broke the protocol.
     Broken(u16, String),
     /// The server shuts down.
@@ -70,13 +73,14 @@ impl Heard {
 }
 
 /// Carries the terminal to its end.
-pub(super) async fn run(app: Arc<App>, terminal: Terminal, socket: WebSocket) {
+pub(super) async fn run(app: Arc<App>, caller: Caller, terminal: Terminal, socket: WebSocket) {
     let Terminal { mut input, mut output, session } = terminal;
     let (mut to_client, mut from_client) = socket.split();
     let heard = Heard(Mutex::new(Some(Instant::now())));
     let end = tokio::select! {
         end = outgoing(&mut output, &mut to_client, &heard, app.config.terminal.ping) => end,
         end = incoming(&mut from_client, &mut input, &heard) => end,
+        () = unwelcome(&app, &caller) => End::Unwelcome,
         () = tokio::time::sleep_until(session.deadline) => End::Late,
         () = app.shutdown.cancelled() => End::Shutdown,
     };
@@ -119,6 +123,17 @@ async fn outgoing(
         };
         if client.send(message).await.is_err() {
             return End::ClientGone;
+        }
+    }
+}
+
+/// Returns when the caller would no longer be let in.
+async fn unwelcome(app: &App, caller: &Caller) {
+    loop {
+        tokio::time::sleep(app.config.terminal.ping).await;
+        // A store that doesn't answer now is asked again.
+        if matches!(is_still_good(app, caller).await, Ok(false)) {
+            return;
         }
     }
 }
@@ -187,6 +202,7 @@ async fn last_words(end: End, session: &Session) -> (Option<Message>, Option<Clo
         End::Failed(error) => told(&session.failure(error).await),
         End::Late => told(&AppError::AgentTimeout),
         End::Silent => (code::POLICY, "no answer to pings".to_owned()),
+        End::Unwelcome => (code::POLICY, "unauthorized: the key or session is no longer valid".to_owned()),
         End::Broken(code, why) => (code, why),
         End::Shutdown => (code::GOING_AWAY, "the server shuts down; the VM runs on".to_owned()),
         End::ClientGone => return (None, None),
