@@ -1,11 +1,11 @@
-//! The packet filter: a VM's own rules, loaded in a namespace that ends with the probe, and the log that counts what
-//! they deny.
+//! The packet filter: a VM's own rules, loaded in a namespace that ends with the probe, the log that counts what they
+//! deny, and the connections that it tracks.
 
 use nix::sched::{CloneFlags, unshare};
 use tiffin_types::network::EgressPolicy;
 
 use super::{Check, DoctorInput};
-use crate::host::{denied, filter};
+use crate::host::{denied, filter, flows, network};
 
 pub(super) fn check(_: &DoctorInput) -> Vec<Check> {
     // This thread's alone; the namespace ends with the thread.
@@ -29,5 +29,13 @@ pub(super) fn check(_: &DoctorInput) -> Vec<Check> {
         Ok(_) => Check::ok("nfnetlink_log", "denied connections can be counted"),
         Err(error) => Check::fail("nfnetlink_log", error.to_string(), "modprobe nfnetlink_log"),
     };
-    vec![rules, log]
+    let connections = match flows::has_open(network::GUEST_V4, std::net::Ipv6Addr::UNSPECIFIED) {
+        Ok(_) => Check::ok("nf_conntrack_netlink", "a VM's open connections can be told"),
+        Err(error) => Check::warn(
+            "nf_conntrack_netlink",
+            format!("a VM's open connections can't be told ({error}), so none can be saved as a snapshot"),
+            "modprobe nf_conntrack_netlink",
+        ),
+    };
+    vec![rules, log, connections]
 }

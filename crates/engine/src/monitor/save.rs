@@ -70,9 +70,9 @@ fn save_in(vm: &Vm, was: Phase, into: &Path) -> Result<Duration, Failed> {
     }
     let copied = copy(vm, into);
     if was == Phase::Running
-        && let Err(error) = run(vm, gvisor::resume)
+        && let Err(error) = run(vm, gvisor::resume).or_else(|_| run(vm, gvisor::resume))
     {
-        // It would stand still for ever, and nobody would know.
+        // It stands still, and must not seem to run.
         vm.errors.line(format!("going on after a save: {error}"));
         vm.set_phase(Phase::Paused);
     }
