@@ -35,7 +35,7 @@ pub struct Service {
     identity: Current,
     /// Held while the guest becomes another: one change after the other.
     renewing: Mutex<()>,
-    guest: Guest,
+    guest: Arc<Guest>,
     handover: Option<Handover>,
 }
 
@@ -45,9 +45,14 @@ impl Service {
         Service {
             identity: Current::new(boot.into()),
             renewing: Mutex::default(),
-            guest: Guest { jobs, reaper },
+            guest: Arc::new(Guest::new(jobs, reaper)),
             handover,
         }
+    }
+
+    /// Keeps a shell waiting for the next command.
+    pub fn park_shells(&self) {
+        exec::park::keep(&self.guest);
     }
 
     /// Who the guest is at this moment.
@@ -74,7 +79,7 @@ impl Service {
 
     fn run(&self, op: Op, socket: &TcpStream, first: First) {
         match op {
-            Op::Ping => answer(socket, &pong()),
+            Op::Ping => answer(socket, &self.pong()),
             Op::Exec(command) => conclude(socket, exec::run(&self.guest, &command, socket, first.rest)),
             Op::Script(script) => match &self.handover {
                 Some(handover) => conclude(socket, script::run(&self.guest, handover, &script, socket, first.rest)),
@@ -85,10 +90,11 @@ impl Service {
                 None => fail(socket, &no_handover()),
             },
             Op::Renew(renew) => match self.renew(renew) {
-                Ok(()) => answer(socket, &pong()),
+                Ok(()) => answer(socket, &self.pong()),
                 Err(refused) => fail(socket, &refused),
             },
             Op::Shutdown(shutdown) => {
+                self.guest.park.close(&self.guest);
                 crate::shutdown::end_guest(Duration::from_millis(shutdown.grace_ms));
                 answer(socket, &json!({}));
                 farewell(socket);
@@ -105,7 +111,20 @@ impl Service {
         let _one = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
         renewal.apply();
         self.identity.replace(renew.boot.into());
+        // A shell that has started knows the old host name, and has the randomness of the snapshot.
+        self.guest.park.discard(&self.guest);
         Ok(())
+    }
+
+    fn pong(&self) -> Pong {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let hidden = self.guest.reaper.hidden();
+        let processes = crate::processes::all().iter().filter(|pid| !hidden.contains(pid)).count();
+        Pong {
+            version: crate::VERSION.to_owned(),
+            unix_ms: i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX),
+            processes: u32::try_from(processes).unwrap_or(u32::MAX),
+        }
     }
 }
 
@@ -119,15 +138,6 @@ fn conclude(socket: &TcpStream, ended: Ended) {
 
 fn no_handover() -> Failure {
     failure(FailureCode::Internal, "the guest has no folder for scripts' results and file operations' answers")
-}
-
-fn pong() -> Pong {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Pong {
-        version: crate::VERSION.to_owned(),
-        unix_ms: i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX),
-        processes: u32::try_from(crate::processes::all().len()).unwrap_or(u32::MAX),
-    }
 }
 
 fn answer(socket: &TcpStream, value: &impl serde::Serialize) {

@@ -84,5 +84,6 @@ fn serve(events: &mut boot::Events) -> Result<std::convert::Infallible, boot::Bo
         .inspect_err(|error| eprintln!("tiffin-agent: no scripts and no file operations: {error}"));
     let service = connection::Service::new(boot, jobs, reaper, handover.ok());
     events.send(&Event::Ready { version: VERSION.to_owned() });
+    service.park_shells();
     listen::serve_forever(listener, service)
 }

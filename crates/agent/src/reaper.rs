@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ struct Slot {
     /// Zero until the kernel fills it in.
     pid: AtomicI32,
     exit: OnceLock<Exit>,
+    hidden: AtomicBool,
     /// An eventfd, readable once `exit` is set.
     wake: OwnedFd,
 }
@@ -73,9 +74,17 @@ impl Reaper {
         }
         // SAFETY: eventfd just made this descriptor; nothing else owns it.
         let wake = unsafe { OwnedFd::from_raw_fd(wake) };
-        let slot = Arc::new(Slot { pid: AtomicI32::new(0), exit: OnceLock::new(), wake });
+        let slot =
+            Arc::new(Slot { pid: AtomicI32::new(0), exit: OnceLock::new(), hidden: AtomicBool::new(false), wake });
         lock(&self.slots).push(Arc::clone(&slot));
         Ok(Child { slot, reaper: Arc::clone(self) })
+    }
+
+    /// The pids of the children that run and are hidden.
+    pub fn hidden(&self) -> Vec<libc::pid_t> {
+        let slots = lock(&self.slots);
+        let hidden = slots.iter().filter(|slot| slot.hidden.load(Ordering::Relaxed) && slot.exit.get().is_none());
+        hidden.map(|slot| slot.pid.load(Ordering::Acquire)).filter(|pid| *pid != 0).collect()
     }
 
     fn reap_forever(&self) {
@@ -120,6 +129,11 @@ impl Child {
     /// Its pid, once forked. Only while [`Child::exit`] is none does it surely mean this child.
     pub fn pid(&self) -> libc::pid_t {
         self.slot.pid.load(Ordering::Acquire)
+    }
+
+    /// Whether it is the agent's own and none of the guest's.
+    pub fn hide(&self, hidden: bool) {
+        self.slot.hidden.store(hidden, Ordering::Relaxed);
     }
 
     /// How it ended, if it has.

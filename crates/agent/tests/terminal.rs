@@ -116,9 +116,9 @@ fn the_end_of_input_is_typed_and_a_size_may_still_come() {
     expect(&mut host, "ended");
     host.socket.write_all(&resize(70, 20)).unwrap();
     // It is one key, not an end for good: whoever reads on waits.
-    guest.wait_for_count("bash", 1);
+    guest.wait_for_count("stty -echo", 1);
     drop(host);
-    guest.wait_for_count("bash", 0);
+    guest.wait_for_count("stty -echo", 0);
 }
 
 #[test]

@@ -149,3 +149,64 @@ async fn a_guest_becomes_another_and_its_old_token_opens_nothing() {
     assert_eq!(finish(&mut found).await.0, format!("clone\n{machine_id}\nnameserver 172.16.0.1\n1\n"));
     host.engine.destroy(&id).await.unwrap();
 }
+
+/// What differs from one process to the next: numbers of more than one digit.
+fn steady(text: &str) -> String {
+    let mut steady = String::new();
+    for part in text.split_inclusive(|sign: char| !sign.is_ascii_digit()) {
+        let digits = part.trim_end_matches(|sign: char| !sign.is_ascii_digit());
+        steady.push_str(if digits.len() > 1 { "N" } else { digits });
+        steady.push_str(&part[digits.len()..]);
+    }
+    steady
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shell_that_has_waited_does_as_one_that_is_started_for_its_line() {
+    let host = Host::new().await;
+    let id = host.running().await;
+    // Bash lists this variable of its own once it has been set, as it is when a shell has waited.
+    let how = "set | grep -c ^LINENO=";
+    harness::eventually("a shell has waited", async || sh(&*host.engine, &id, how).await.stdout == "1\n").await;
+    for line in [
+        "echo $0 $# $- $LINENO $? $_ ${PIPESTATUS[*]} $PWD $OLDPWD $SHLVL $SECONDS",
+        "env",
+        "set | grep -v '^LINENO=\\|^SECONDS='",
+        "set -o; shopt; ulimit -a; umask; trap; alias; jobs",
+        "ls /proc/$$/fd",
+        "ps -o pgid=,sid= -p $$ | tr -s ' ' '\\n' | sort -u | wc -l",
+        "grep -E '^(Cap|Uid|Gid|Groups|NoNewPrivs)' /proc/self/status",
+        "echo )",
+        "echo \"unclosed",
+        "\nnope\nnope2 $LINENO",
+        "cat <<E\n$LINENO\nE",
+        "trap 'echo bye $LINENO' EXIT; exit 5",
+        "set -e; false; echo not reached",
+        "kill -9 $$",
+        "sh -c 'kill -9 $$'; echo after",
+        "sleep 0.01 & wait $!; echo $?",
+        "exec echo hi",
+        "python3 -c 'import os; print(os.getpgrp() == os.getpid(), os.getppid())'",
+        "true | false | true; echo ${PIPESTATUS[*]}",
+    ] {
+        let waited = sh(&*host.engine, &id, line).await;
+        // One with input is started for its line.
+        let (mut input, mut output) = begin(&host, &id, Exec { stdin: true, ..shell(line) }).await;
+        input.end().await.unwrap();
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let code = loop {
+            match output.next().await.unwrap() {
+                ExecItem::Stdout(bytes) => stdout.extend(bytes),
+                ExecItem::Stderr(bytes) => stderr.extend(bytes),
+                ExecItem::Done(done) => break done.exit_code,
+            }
+        };
+        let told = |bytes: &[u8]| steady(&String::from_utf8_lossy(bytes));
+        let (one, other) = (
+            (waited.done.exit_code, steady(&waited.stdout), steady(&waited.stderr)),
+            (code, told(&stdout), told(&stderr)),
+        );
+        assert_eq!(one, other, "{line}");
+    }
+    host.engine.destroy(&id).await.unwrap();
+}

@@ -22,8 +22,10 @@ const MAX_PASSWD: u64 = 1 << 20;
 /// What the guest knows of a user.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Account {
-    name: String,
-    home: String,
+    /// The user's name.
+    pub name: String,
+    /// The home folder.
+    pub home: String,
 }
 
 impl Account {

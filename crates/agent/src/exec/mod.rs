@@ -1,18 +1,25 @@
-//! Running one command: what to start ([`program`], [`environment`]), starting it ([`spawn`]), carrying its streams
-//! until it ends ([`streams`], [`terminal`], [`pump`]), and ending whatever it started when the host or the clock says so.
+//! Running one command: what to start ([`program`], [`environment`]), starting it ([`start`], [`spawn`]), or giving it to
+//! a shell that waits ([`park`], [`parked`], [`patch`], [`profile`]), carrying its streams until it ends ([`streams`],
+//! [`terminal`], [`pump`]), and ending whatever it started when the host or the clock says so.
 //!
 //! ```text
-//! prepare -> take a job -> spawn -> pump --exit--------------------------> Done
-//!                                    |--time limit--> end the job, pump --> Done (timed out)
-//!                                    '--host gone---> end the job
+//! take a job -> spawn --,
+//! a shell that waits ---'-> pump --exit--------------------------> Done
+//!                            |--time limit--> end the job, pump --> Done (timed out)
+//!                            '--host gone---> end the job
 //! ```
 //!
 //! Background processes that a command leaves behind at its own end live on.
 
 pub mod environment;
+pub mod park;
+pub mod parked;
+pub mod patch;
+pub mod profile;
 pub mod program;
 pub mod pump;
 pub mod spawn;
+pub mod start;
 pub mod stdin;
 pub mod streams;
 pub mod terminal;
@@ -26,10 +33,10 @@ use tiffin_protocol::{Exec, ExecDone, Failure, FailureCode, Kind};
 use crate::jobs::{Job, Jobs};
 use crate::reaper::{Child, Reaper};
 use crate::request::failure;
+use park::Park;
 use pump::{Pump, Stop};
-use spawn::{Plan, SpawnError};
+use start::Running;
 use stdin::Violation;
-use streams::AgentEnds;
 
 /// How long the processes that are ended may take to vanish.
 const KILL_LIMIT: Duration = Duration::from_secs(3);
@@ -44,6 +51,15 @@ pub struct Guest {
     pub jobs: Jobs,
     /// Who waits for them.
     pub reaper: Arc<Reaper>,
+    /// The shell that waits for the next one.
+    pub park: Park,
+}
+
+impl Guest {
+    /// Whose commands run in `jobs` and are waited for by `reaper`.
+    pub fn new(jobs: Jobs, reaper: Arc<Reaper>) -> Self {
+        Guest { jobs, reaper, park: Park::default() }
+    }
 }
 
 /// A frame to send.
@@ -79,34 +95,36 @@ pub fn run_then(
     early: Vec<u8>,
     last: impl FnOnce(ExecDone) -> Vec<Frame>,
 ) -> Ended {
-    let job = match guest.jobs.take() {
-        Ok(job) => job,
-        Err(error) => return Ended::Failed(no_room(&error.to_string())),
+    let running = match start::start(guest, exec) {
+        Ok(running) => running,
+        Err(failed) => {
+            guest.park.ended();
+            return Ended::Failed(failed);
+        }
     };
-    let ended = run_in(guest, job.as_ref(), exec, socket, early, last);
+    let Running { job, child, ends, started } = running;
+    let pump = Pump::new(socket, &child, ends, exec, early);
+    let ended = carry(pump, job.as_ref(), &child, started, exec.timeout_ms, last);
     if let Some(job) = job {
         guest.jobs.give_back(job);
     }
+    guest.park.ended();
     ended
 }
 
-fn run_in(
-    guest: &Guest,
+/// Carries a command's streams to its end, and ends it where it doesn't end by itself.
+fn carry(
+    mut pump: Pump<'_>,
     job: Option<&Job>,
-    exec: &Exec,
-    socket: &TcpStream,
-    early: Vec<u8>,
+    child: &Child,
+    started: Instant,
+    timeout_ms: u64,
     last: impl FnOnce(ExecDone) -> Vec<Frame>,
 ) -> Ended {
-    let (child, streams, started) = match start(guest, job, exec) {
-        Ok(running) => running,
-        Err(failed) => return Ended::Failed(failed),
-    };
-    let mut pump = Pump::new(socket, &child, streams, exec, early);
-    let stop = pump.run(Some(started + Duration::from_millis(exec.timeout_ms).min(MAX_TIMEOUT)));
+    let stop = pump.run(Some(started + Duration::from_millis(timeout_ms).min(MAX_TIMEOUT)));
     let timed_out = stop == Stop::TimeLimit;
     if stop != Stop::Exited {
-        end(job, &child);
+        end(job, child);
     }
     match stop {
         Stop::HostGone => return Ended::HostGone,
@@ -126,39 +144,6 @@ fn run_in(
     pump.finish(&last(done))
 }
 
-fn start(guest: &Guest, job: Option<&Job>, exec: &Exec) -> Result<(Child, AgentEnds, Instant), Failure> {
-    if exec.terminal.is_some() && !exec.stdin {
-        return Err(failure(
-            FailureCode::BadRequest,
-            "a command with a terminal has standard input, so stdin must be true",
-        ));
-    }
-    let account = environment::Account::of(exec.uid);
-    let shell = program::shell();
-    let program = program::Program::of(&exec.command, shell)?;
-    let env = environment::merged(&account, shell, exec.terminal.is_some(), &exec.env)?;
-    let path = exec.env.get("PATH").map_or(environment::PATH, String::as_str);
-    let (ends, child_ends) = match exec.terminal {
-        Some(size) => streams::terminal(terminal::check(size)?, exec.uid, exec.gid),
-        None => streams::pipes(exec.stdin),
-    }
-    .map_err(|errno| no_room(errno.desc()))?;
-    let plan = Plan {
-        candidates: program.candidates(path)?,
-        arguments: program.arguments,
-        environment: env,
-        cwd: program::c_string(&exec.cwd, "cwd")?,
-        uid: exec.uid,
-        gid: exec.gid,
-        streams: &child_ends,
-        groups: guest.jobs.entries(job),
-    };
-    let child = guest.reaper.expect().map_err(|error| no_room(&error.to_string()))?;
-    let started = Instant::now();
-    spawn::spawn(&plan, &child).map_err(|error| refused(&error, exec))?;
-    Ok((child, ends, started))
-}
-
 /// Ends everything that the command started: its job, or what its session and descent show.
 fn end(job: Option<&Job>, child: &Child) {
     let all_ended = match job {
@@ -167,19 +152,6 @@ fn end(job: Option<&Job>, child: &Child) {
     };
     if !all_ended {
         eprintln!("tiffin-agent: some processes of command {} would not end", child.pid());
-    }
-}
-
-fn refused(error: &SpawnError, exec: &Exec) -> Failure {
-    match error {
-        SpawnError::NoRoom(errno) => no_room(errno.desc()),
-        SpawnError::Cwd(errno) => {
-            failure(FailureCode::BadCwd, &format!("can't enter the folder {:?}: {}", exec.cwd, errno.desc()))
-        }
-        SpawnError::Program(errno) => {
-            failure(FailureCode::BadCommand, &format!("can't run the program: {}", errno.desc()))
-        }
-        SpawnError::Setup(errno) => internal(errno.desc()),
     }
 }
 

@@ -8,12 +8,13 @@
 //! What all commands share (limits, umask, processors, no supplementary groups) the agent has set for itself at boot.
 
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::errno::Errno;
 
+use super::parked::DESCRIPTOR;
 use super::streams::ChildEnds;
 use crate::reaper::Child;
 
@@ -37,6 +38,8 @@ pub struct Plan<'a> {
     pub gid: u32,
     /// Its streams.
     pub streams: &'a ChildEnds,
+    /// What becomes [`parked::DESCRIPTOR`](super::parked::DESCRIPTOR).
+    pub control: Option<&'a OwnedFd>,
     /// Where to write `0` to enter the command's groups.
     pub groups: [Option<RawFd>; 2],
 }
@@ -73,6 +76,7 @@ struct Orders {
     gid: u32,
     stdio: [Option<RawFd>; 3],
     terminal: bool,
+    control: Option<RawFd>,
     groups: [Option<RawFd>; 2],
     failed_at: AtomicI32,
     errno: AtomicI32,
@@ -92,6 +96,7 @@ pub fn spawn(plan: &Plan<'_>, child: &Child) -> Result<(), SpawnError> {
         gid: plan.gid,
         stdio: plan.streams.stdio(),
         terminal: matches!(plan.streams, ChildEnds::Terminal(_)),
+        control: plan.control.map(AsRawFd::as_raw_fd),
         groups: plan.groups,
         failed_at: AtomicI32::new(STARTED),
         errno: AtomicI32::new(0),
@@ -155,6 +160,9 @@ unsafe fn become_program(orders: &Orders) -> c_int {
                 return AT_SETUP;
             }
         }
+        if orders.control.is_some_and(|control| give(control, DESCRIPTOR) < 0) {
+            return AT_SETUP;
+        }
         if orders.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
             return AT_SETUP;
         }
@@ -172,6 +180,16 @@ unsafe fn become_program(orders: &Orders) -> c_int {
         }
         execute(orders)
     }
+}
+
+/// Has the program inherit `source` as `target`.
+///
+/// # Safety
+/// As [`become_program`].
+unsafe fn give(source: RawFd, target: RawFd) -> c_int {
+    // SAFETY: both only change this process's descriptors. A copy of a descriptor onto itself would stay closed to the
+    // program.
+    unsafe { if source == target { libc::fcntl(source, libc::F_SETFD, 0) } else { libc::dup2(source, target) } }
 }
 
 /// Tries the candidates as `execvp` does: on to the next while one is missing; a forbidden one is what is told at the end.

@@ -43,6 +43,7 @@ fn start_and_wait(guest: &Guest, files: &Files) -> Result<(), String> {
         uid: files.uid,
         gid: files.gid,
         streams: &streams,
+        control: None,
         groups: guest.jobs.entries(job.as_ref()),
     };
     let child = guest.reaper.expect().map_err(|error| error.to_string())?;

@@ -138,8 +138,13 @@ impl Guest {
         self.exec(shell(line))
     }
 
-    /// Processes in the guest whose command line has `mark`, as the agent's host sees them.
+    /// How many processes [`Guest::pids`] gives.
     pub(crate) fn count(&self, mark: &str) -> usize {
+        self.pids(mark).len()
+    }
+
+    /// Processes in the guest whose command line has `mark`, as the agent's host sees them.
+    pub(crate) fn pids(&self, mark: &str) -> Vec<String> {
         let mut pids = Vec::new();
         walk(&self.group, &mut |folder| {
             let text = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
@@ -149,7 +154,7 @@ impl Guest {
             let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             String::from_utf8_lossy(&line).contains(mark) && !String::from_utf8_lossy(&line).contains("unshare")
         };
-        pids.iter().filter(marked).count()
+        pids.iter().filter(marked).cloned().collect()
     }
 
     pub(crate) fn wait_for_count(&self, mark: &str, wanted: usize) {
