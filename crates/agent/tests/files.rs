@@ -6,11 +6,14 @@ mod archives;
 mod guest;
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use archives::{Tar, gzip, listed, unpacked};
 use guest::{Answer, Guest, argv, shell};
-use tiffin_protocol::{Exec, FailureCode, FileAction, FileEntry, FileKind, Files, FilesDone, Kind, Op, UnpackLimits};
+use tiffin_protocol::{
+    Exec, FailureCode, FileAction, FileEntry, FileKind, Files, FilesDone, Kind, Op, UnpackLimits, encode,
+};
 
 const LIMITS: UnpackLimits = UnpackLimits { unpacked_bytes: 8 << 20, entries: 200, ratio: 200 };
 
@@ -28,10 +31,9 @@ fn act_as(guest: &Guest, files: Files, input: &[u8]) -> Answer {
     let mut host = guest.dial();
     host.request(Op::Files(files));
     if takes_input {
-        for chunk in input.chunks(60_000) {
-            host.send(Kind::Stdin, chunk);
-        }
-        host.send(Kind::StdinEnd, b"");
+        // What is refused before all of it is sent closes the connection: the answer says why.
+        let frames = input.chunks(60_000).map(|chunk| encode(Kind::Stdin, chunk)).chain([encode(Kind::StdinEnd, b"")]);
+        let _ = frames.into_iter().try_for_each(|frame| host.socket.write_all(&frame));
     }
     host.answer()
 }
@@ -60,7 +62,7 @@ fn moved(answer: &Answer) -> FilesDone {
 /// Everything below `/workspace`, with what a change would change.
 fn everything(guest: &Guest) -> String {
     let line = "find /workspace -printf '%P %y %m %U:%G %s %l\\n' | sort; cd /workspace; find . -type f -print0 | sort -z | xargs -0 cat";
-    let answer = guest.exec(Exec { uid: 0, gid: 0, ..shell(line) });
+    let answer = guest.exec(Exec { uid: 0, gid: 0, ..argv(&["sh", "-c", line]) });
     assert_eq!(answer.done().exit_code, 0, "{answer:?}");
     answer.text().to_owned()
 }
@@ -201,7 +203,7 @@ fn an_upload_that_is_cut_short_leaves_nothing() {
     drop(begin(60_000));
     wait_for(&guest, "ls -A /workspace | grep .", false);
     // The time is over.
-    assert_eq!(begin(3000).answer().failure().code, FailureCode::TimedOut);
+    assert_eq!(begin(6000).answer().failure().code, FailureCode::TimedOut);
     assert_eq!(guest.shell("ls -A /workspace").text(), "");
     // The host talks nonsense.
     let mut host = begin(60_000);

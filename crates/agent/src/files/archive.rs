@@ -266,3 +266,83 @@ pub fn refused(name: &[u8], rule: &str) -> Failure {
         &format!("the archive is refused: entry {}: {rule}", shown(name.as_ref().as_ref())),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flate2::{Compression, write::GzEncoder};
+    use proptest::prelude::*;
+    use std::io::Write;
+    use std::path::Component;
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn entries(bytes: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>, Failure> {
+        let packed = gzip(bytes);
+        let mut archive = Archive::new(Gunzip::new(&packed[..], u64::MAX));
+        let (mut entries, mut buffer) = (Vec::new(), [0; 100]);
+        while let Some(entry) = archive.next_entry()? {
+            let mut content = Vec::new();
+            loop {
+                let count = archive.content(&mut buffer)?;
+                if count == 0 {
+                    break;
+                }
+                content.extend_from_slice(&buffer[..count]);
+            }
+            entries.push((entry, content));
+        }
+        Ok(entries)
+    }
+
+    /// An archive as the `tar` crate writes it, a long name among its names.
+    fn written(files: &[(String, Vec<u8>)]) -> Vec<u8> {
+        let mut tar = tar::Builder::new(Vec::new());
+        for (name, content) in files {
+            let mut header = Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o640);
+            header.set_mtime(1_600_000_000);
+            tar.append_data(&mut header, name, &content[..]).unwrap();
+        }
+        tar.into_inner().unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn what_another_program_wrote_reads_back(files in proptest::collection::vec(("[a-z]{1,80}/[a-z]{1,80}", proptest::collection::vec(any::<u8>(), 0..1500)), 0..5)) {
+            let read = entries(&written(&files)).unwrap();
+            prop_assert_eq!(read.len(), files.len());
+            for ((entry, content), (name, expected)) in read.iter().zip(&files) {
+                prop_assert_eq!((entry.path.to_str().unwrap(), content), (name.as_str(), expected));
+                prop_assert_eq!((entry.kind, entry.mode, entry.mtime), (Kind::File, 0o640, 1_600_000_000));
+            }
+        }
+
+        #[test]
+        fn a_changed_archive_stays_inside_or_is_refused(at in any::<prop::sample::Index>(), bytes in proptest::collection::vec(any::<u8>(), 1..40), signed in any::<bool>()) {
+            let mut archive = written(&[("a/b".to_owned(), vec![1; 700]), ("c".repeat(120), vec![2; 3])]);
+            let at = at.index(archive.len() - bytes.len());
+            archive[at..at + bytes.len()].copy_from_slice(&bytes);
+            if signed {
+                // With the first header's checksum right again, so that what it says is looked at.
+                let mut header = Header::from_byte_slice(&archive[..BLOCK]).clone();
+                header.set_cksum();
+                archive[..BLOCK].copy_from_slice(header.as_bytes());
+            }
+            for (entry, content) in entries(&archive).unwrap_or_default() {
+                prop_assert!(entry.path.components().all(|part| matches!(part, Component::Normal(_))), "{:?}", entry);
+                prop_assert_eq!(entry.size, content.len() as u64);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_an_archive_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+            let _ = entries(&bytes);
+        }
+    }
+}

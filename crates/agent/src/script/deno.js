@@ -23,7 +23,6 @@ const { thrown, forget } = outcome(Number(cap), {
 // A listener of the program's own may still say that it is handled, and this one comes first: so what was written is taken
 // back should the program go on, or end by itself, after that.
 let pending;
-const { setTimeout } = globalThis;
 function settle() {
     if (pending?.defaultPrevented) forget();
     pending = undefined;
@@ -31,6 +30,7 @@ function settle() {
 function note(event, value) {
     if (!event.defaultPrevented && thrown(value)) {
         pending = event;
+        // Not to be looked up before: Deno loads its timers, for some ten milliseconds, when first asked for them.
         setTimeout(settle, 0);
     }
 }

@@ -16,6 +16,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("index", "Tiffin", include_str!("../../../../docs/user/index.md")),
     ("quickstart", "Quick start", include_str!("../../../../docs/user/quickstart.md")),
     ("api", "API", include_str!("../../../../docs/user/api.md")),
+    ("scripts", "Scripts", include_str!("../../../../docs/user/scripts.md")),
     ("errors", "Errors", include_str!("../../../../docs/user/errors.md")),
     ("admin", "Administration", include_str!("../../../../docs/user/admin.md")),
     ("networking", "Networking", include_str!("../../../../docs/user/networking.md")),
