@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 static ARMED: OnceLock<String> = OnceLock::new();
 
 /// Every point, in the order in which a VM's life passes them.
-pub const POINTS: [&str; 18] = [
+pub const POINTS: [&str; 19] = [
     "after_vm_insert",
     "after_start_intent",
     "after_engine_create",
@@ -29,6 +29,8 @@ pub const POINTS: [&str; 18] = [
     // A fork passes those of a snapshot too, and those of a create for each clone.
     "after_fork_insert",
     "before_fork_commit",
+    // A create that takes a VM that is up already.
+    "after_pool_claim",
 ];
 
 /// Arms the point with this name, for the rest of the process's life.

@@ -35,6 +35,11 @@ fn make() -> PrometheusHandle {
     describe_gauge!("tiffin_snapshots", "Snapshots by state.");
     describe_histogram!("tiffin_snapshot_save_duration_seconds", "Saving a VM, for a snapshot or a fork.");
     describe_counter!("tiffin_snapshot_saves_total", "Attempts to save a VM, by how they ended.");
+    describe_counter!(
+        "tiffin_pool_claims_total",
+        "Creates that could have taken a VM that was booted ahead: hit, miss, or unfit (it was down)."
+    );
+    describe_gauge!("tiffin_pool_vms", "VMs that are booted ahead and ready.");
     describe_gauge!("tiffin_build_info", "Always 1; the version is in the label.");
     gauge!("tiffin_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     handle
@@ -68,6 +73,16 @@ pub(crate) fn snapshot_save(ok: bool, took: Duration) {
     if ok {
         histogram!("tiffin_snapshot_save_duration_seconds").record(took);
     }
+}
+
+/// Somebody asked the pool for a VM.
+pub(crate) fn pool_claim(outcome: &'static str) {
+    counter!("tiffin_pool_claims_total", "outcome" => outcome).increment(1);
+}
+
+/// So many VMs are ready in the pool.
+pub(crate) fn pool_ready(vms: usize) {
+    gauge!("tiffin_pool_vms").set(f64::from(u32::try_from(vms).unwrap_or(u32::MAX)));
 }
 
 /// A command ended.

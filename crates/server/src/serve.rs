@@ -61,6 +61,9 @@ pub async fn serve(
     tracing::info!(listen = listener.local_addr().map(|address| address.to_string()).ok(), "listening");
     accept_until_shutdown(&app, listener).await;
 
+    if tokio::time::timeout(app.config.http.shutdown_grace, app.pool.close(&app)).await.is_err() {
+        tracing::warn!("shutting down with VMs that were booted ahead; the next start removes them");
+    }
     // Whoever still works on a VM's behalf is given the grace too: a stop, a create whose client has gone.
     app.tasks.close();
     if tokio::time::timeout(app.config.http.shutdown_grace, app.tasks.wait()).await.is_err() {

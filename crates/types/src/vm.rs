@@ -315,7 +315,7 @@ pub enum ProvisionMode {
 }
 
 /// vCPUs, memory and disk of a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VmSize {
     /// vCPUs.
     pub cpus: u32,

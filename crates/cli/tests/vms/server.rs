@@ -105,6 +105,8 @@ impl Site {
         for rate in ["vm_create", "exec", "run", "upload", "download"] {
             command.args(["--set", &format!("rate.{rate}_per_min=0")]);
         }
+        // What is on the host is what the API lists, except in tests of the pool, which set it.
+        command.args(["--set", "pool.max_vms=0"]);
         for setting in &self.settings {
             command.args(["--set", setting]);
         }

@@ -13,6 +13,7 @@ pub(crate) mod health;
 pub(crate) mod images;
 pub(crate) mod passwords;
 mod places;
+pub(crate) mod pool;
 pub(crate) mod rates;
 pub(crate) mod scripts;
 pub(crate) mod sessions;
@@ -51,6 +52,8 @@ pub(crate) struct App {
     pub(crate) rates: Rates,
     /// Compares passwords, a few at once.
     passwords: Passwords,
+    /// VMs that are up before anybody asks for them.
+    pub(crate) pool: pool::Pool,
     /// Bounds how many VMs come up at once.
     places: Places,
     /// Bounds how many commands run at once in each VM.
@@ -71,6 +74,7 @@ impl App {
         Arc::new(Self {
             passwords: Passwords::default(),
             rates: Rates::new(&config.rate),
+            pool: pool::Pool::new(config.pool.clone()),
             places: Places::new(&config.limits),
             commands: Commands::new(config.exec.max_concurrent),
             locks: Locks::default(),

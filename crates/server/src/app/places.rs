@@ -52,6 +52,7 @@ impl<K: Clone + Eq + std::hash::Hash> Locks<K> {
 pub(super) struct Places {
     running: Arc<Semaphore>,
     queue: Arc<Semaphore>,
+    most: usize,
     wait: Duration,
 }
 
@@ -59,10 +60,16 @@ impl Places {
     pub(super) fn new(limits: &LimitsConfig) -> Self {
         let bounded = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
         Self {
+            most: limits.creates_in_flight.min(Semaphore::MAX_PERMITS),
             running: bounded(limits.creates_in_flight),
             queue: bounded(limits.creates_in_flight.saturating_add(limits.creates_queued)),
             wait: limits.create_wait,
         }
+    }
+
+    /// Whether nobody has a place, or waits for one.
+    pub(super) fn are_all_free(&self) -> bool {
+        self.running.available_permits() == self.most
     }
 
     /// A place, or a refusal when the queue is full or too slow. Dropping the place frees it.

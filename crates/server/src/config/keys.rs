@@ -222,6 +222,24 @@ pub const KEYS: &[Key] = &[
         "How long such a request waits before it gets 503.",
     ),
     Key::new(
+        "pool.max_vms",
+        "4",
+        Allowed::Integer(0, 1000),
+        "VMs that are booted ahead, so that creates of sizes that were asked for lately need not wait for a boot; 0 boots none. Each takes about 35 MiB and a few percent of a core while it waits.",
+    ),
+    Key::new(
+        "pool.recent_ms",
+        "300000",
+        Allowed::Integer(1000, 86_400_000),
+        "For how long a create counts as recent: as many VMs of its image and size are kept ready.",
+    ),
+    Key::unset(
+        "pool.keep",
+        "none",
+        Allowed::Words("CPUxMEMORY=COUNT, with commas between, such as 1x256=2,2x1024=1"),
+        "VMs of the default image and disk that are kept ready whether they were asked for lately or not, within pool.max_vms.",
+    ),
+    Key::new(
         "limits.snapshots_per_account",
         "100",
         Allowed::Integer(0, 1_000_000),

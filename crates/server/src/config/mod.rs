@@ -11,7 +11,7 @@ use std::{net::IpAddr, net::SocketAddr, path::Path, time::Duration};
 
 use camino::Utf8PathBuf;
 use ipnet::Ipv4Net;
-use tiffin_types::{account::Quota, vm::EngineName};
+use tiffin_types::{account::Quota, limits, vm::EngineName};
 
 pub use keys::{Allowed, KEYS, Key, document};
 pub use sources::{ConfigError, Origin};
@@ -51,6 +51,8 @@ pub struct Config {
     pub vm: VmConfig,
     /// Bounds on what the server takes on at once.
     pub limits: LimitsConfig,
+    /// VMs that are booted ahead.
+    pub pool: PoolConfig,
     /// What a new account may use when its creator doesn't say.
     pub quota: Quota,
     /// How often one caller may do what is costly.
@@ -199,6 +201,28 @@ pub struct SessionConfig {
     pub max: Duration,
 }
 
+/// VMs that are booted ahead.
+#[derive(Debug, Clone)]
+pub struct PoolConfig {
+    /// All of them together; 0 is none.
+    pub max_vms: usize,
+    /// For how long a create counts as recent.
+    pub recent: Duration,
+    /// What is kept whether it was asked for or not.
+    pub keep: Vec<Keep>,
+}
+
+/// VMs of one size that are kept ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// vCPUs.
+    pub cpus: u32,
+    /// Memory, in MiB.
+    pub mem_mb: u32,
+    /// How many.
+    pub count: usize,
+}
+
 /// Networks of VMs.
 #[derive(Debug, Clone)]
 pub struct NetworkConfig {
@@ -292,6 +316,13 @@ impl Config {
                 create_wait: values.millis("limits.create_wait_ms")?,
                 snapshots_per_account: values.small("limits.snapshots_per_account")?,
             },
+            pool: PoolConfig {
+                max_vms: values.count("pool.max_vms")?,
+                recent: values.millis("pool.recent_ms")?,
+                keep: values
+                    .optional("pool.keep", |text| text.split(',').map(|entry| keep(entry.trim())).collect())?
+                    .unwrap_or_default(),
+            },
             quota: Quota {
                 vms: values.small("quota.vms")?,
                 cpus: values.small("quota.cpus")?,
@@ -338,6 +369,14 @@ fn engine(values: &Values) -> Result<EngineChoice, ConfigError> {
         "auto" => Ok(EngineChoice::Auto),
         _ => values.parse("engine").map(EngineChoice::Named),
     }
+}
+
+fn keep(entry: &str) -> Option<Keep> {
+    let (size, count) = entry.split_once('=')?;
+    let (cpus, mem_mb) = size.split_once('x')?;
+    let keep = Keep { cpus: cpus.parse().ok()?, mem_mb: mem_mb.parse().ok()?, count: count.parse().ok()? };
+    let fits = limits::CPU.contains(&keep.cpus) && limits::MEM_MB.contains(&keep.mem_mb) && keep.count <= 1000;
+    fits.then_some(keep)
 }
 
 fn uplink(values: &Values) -> Result<Ipv4Net, ConfigError> {

@@ -93,3 +93,13 @@ fn a_broken_file_is_told_with_its_line() {
     let error = load("listen = '127.0.0.1:1'\n= 3\n", &[], &[]).unwrap_err().to_string();
     assert!(error.contains("line 2"), "{error}");
 }
+
+#[test]
+fn what_the_pool_keeps_is_sizes_within_their_ranges() {
+    let config = load("pool.keep = '1x256=2, 2x1024=1'", &[], &[]).unwrap();
+    let keep = |cpus, mem_mb, count| Keep { cpus, mem_mb, count };
+    assert_eq!(config.pool.keep, [keep(1, 256, 2), keep(2, 1024, 1)]);
+    for bad in ["1x256", "256=1", "9x256=1", "1x64=1", "1x256=-1", "1x256=1,", "1x256=1001"] {
+        assert!(load("", &[], &[("pool.keep", bad)]).is_err(), "{bad}");
+    }
+}

@@ -7,7 +7,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::vms::{end_noticed, reconcile_all, settle_starting};
 use crate::{
-    app::{App, sessions},
+    app::{App, pool, sessions},
     error::chain,
 };
 
@@ -21,6 +21,7 @@ pub(crate) fn spawn_all(app: &Arc<App>) {
     let every = app.config.vm.reconcile_every;
     spawn(app, ends);
     spawn(app, settle_starting);
+    spawn(app, pool::keep_filled);
     spawn(app, |app| periodically(app, every, reconcile));
     spawn(app, |app| periodically(app, PRUNE_EVERY, prune));
 }

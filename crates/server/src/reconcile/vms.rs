@@ -5,7 +5,10 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use futures_util::{StreamExt, stream};
 use tiffin_engine::{Ended, EngineError};
 use tiffin_store::{Change, Vm};
-use tiffin_types::vm::{EndReport, VmState};
+use tiffin_types::{
+    id::VmId,
+    vm::{EndReport, VmState},
+};
 
 use super::{
     decide::{Action, decide},
@@ -66,6 +69,7 @@ pub(super) async fn reconcile_all(app: &Arc<App>) -> Result<(), AppError> {
     for id in &undestroyed {
         let _ = destroy(app, id).await;
     }
+    app.pool.check(app).await;
     snapshots::undo_forks(app).await?;
     let mut recorded = app.store.vm_not_deleted().await?;
     // What is down on request has nothing that could drift; what is being changed is looked at the next time.
@@ -81,16 +85,26 @@ async fn reconcile_each(app: &Arc<App>, vms: &[Vm]) {
 
 /// A VM's run ended by itself.
 pub(super) async fn end_noticed(app: &Arc<App>, ended: Ended) {
-    let recorded = match app.store.vm_not_deleted().await {
-        Ok(recorded) => recorded,
+    let mut recorded = with_id(app, &ended.id).await;
+    if recorded.is_none() {
+        // It was booted ahead. Whoever is just claiming it makes its record before the lock is free.
+        drop(app.locks.lock(&ended.id).await);
+        recorded = with_id(app, &ended.id).await;
+    }
+    match recorded {
+        Some(vm) => reconcile_or_log(app, &vm, Some(&ended.report)).await,
+        None => app.pool.ended(app, &ended.id),
+    }
+}
+
+async fn with_id(app: &App, id: &VmId) -> Option<Vm> {
+    match app.store.vm_not_deleted().await {
+        Ok(recorded) => recorded.into_iter().find(|vm| vm.id == *id),
         Err(error) => {
             // The timer's next run sees that it is down.
-            tracing::error!(vm_id = %ended.id, error = chain(&error), "the end of VM {} can't be recorded yet", ended.id);
-            return;
+            tracing::error!(vm_id = %id, error = chain(&error), "the end of VM {id} can't be recorded yet");
+            None
         }
-    };
-    if let Some(vm) = recorded.iter().find(|vm| vm.id == ended.id) {
-        reconcile_or_log(app, vm, Some(&ended.report)).await;
     }
 }
 

@@ -5,15 +5,22 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context, Result, ensure};
 use reqwest::{Method, StatusCode, header::HeaderMap};
 use serde_json::{Value, json};
-use tiffin_engine::fake::Fake;
+use tiffin_engine::{Engine, Observed, fake::Fake};
 use tiffin_server::Config;
 use tiffin_store::{NewImage, Store};
-use tiffin_types::id::{Digest, VmId};
+use tiffin_types::{
+    id::{Digest, VmId},
+    network::EgressPolicy,
+};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// How long anything that is waited for may take.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Whether this is the second run of all cases, over a server that has VMs booted ahead: what a create does must not
+/// differ.
+const POOLED: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"api_pool");
 
 /// A server with its engine and store. The directory goes with it.
 pub(crate) struct Server {
@@ -63,6 +70,16 @@ impl Server {
         Self::start_with(&[]).await
     }
 
+    /// A server that boots each VM, in both runs: for cases about how the engine boots.
+    pub(crate) async fn start_cold() -> Result<Self> {
+        Self::start_cold_with(&[]).await
+    }
+
+    pub(crate) async fn start_cold_with(settings: &[(&str, &str)]) -> Result<Self> {
+        let cold = [("pool.max_vms", "0"), ("pool.keep", "")];
+        Self::start_with(&[&cold, settings].concat()).await
+    }
+
     pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let mut all = vec![("data_dir".to_owned(), dir.path().to_str().context("a path of UTF-8")?.to_owned())];
@@ -70,6 +87,8 @@ impl Server {
         // Tests ask as often as they like, except those of the limits, which set them.
         let rates = ["vm_create", "exec", "run", "upload", "download", "auth_failures", "login", "login_address"];
         all.extend(rates.map(|rate| (format!("rate.{rate}_per_min"), "0".to_owned())));
+        let (most, keep) = if POOLED { ("3", "1x128=2") } else { ("0", "") };
+        all.extend([("pool.max_vms".into(), most.into()), ("pool.keep".into(), keep.into())]);
         all.extend(settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
         let config = Config::load(None, std::iter::empty(), &all)?;
         let store = Store::open(config.database_url.reveal()).await?;
@@ -94,12 +113,16 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         self.url = format!("http://{}", listener.local_addr()?);
         let config = Config::load(None, std::iter::empty(), &self.settings)?;
+        let keeps = config.pool.keep.iter().map(|keep| keep.count).sum::<usize>().min(config.pool.max_vms);
         self.shutdown = CancellationToken::new();
         self.tasks = TaskTracker::new();
         let served =
             tiffin_server::serve(config, self.fake.clone(), self.store.clone(), listener, self.shutdown.clone());
         self.tasks.spawn(async move { served.await.expect("the server begins") });
         self.tasks.close();
+        if keeps > 0 {
+            until("the pool is full", async || Ok(self.pooled().await?.len() >= keeps)).await?;
+        }
         Ok(())
     }
 
@@ -141,6 +164,41 @@ impl Server {
         let reply = self.post("/v1/vms", &small_vm()).await?;
         ensure!(reply.status == 201, "{}", reply.text);
         Ok(format!("/v1/vms/{}", reply.json()["id"].as_str().context("an id")?))
+    }
+
+    /// The VMs on the host that are booted ahead: nobody's, as a leftover of a VM would be, but running and closed.
+    pub(crate) async fn pooled(&self) -> Result<Vec<VmId>> {
+        let mut pooled = Vec::new();
+        for id in self.fake.present() {
+            let closed = self.fake.spec(&id).is_some_and(|spec| spec.egress == EgressPolicy::default());
+            if closed && self.fake.observe(&id).await == Observed::Running && self.is_unknown(&id).await? {
+                pooled.push(id);
+            }
+        }
+        Ok(pooled)
+    }
+
+    /// The VMs on the host, those booted ahead aside in the run that has them.
+    pub(crate) async fn present(&self) -> Result<Vec<VmId>> {
+        let pooled = if POOLED { self.pooled().await? } else { Vec::new() };
+        let starting = async |id: &VmId| POOLED && self.fake.observe(id).await == Observed::Starting;
+        let mut present = Vec::new();
+        for id in self.fake.present() {
+            if pooled.contains(&id) || starting(&id).await && self.is_unknown(&id).await? {
+                continue;
+            }
+            present.push(id);
+        }
+        Ok(present)
+    }
+
+    async fn is_unknown(&self, id: &VmId) -> Result<bool> {
+        for account in self.store.account_list().await? {
+            if self.store.vm_get(&account.id, id).await?.is_some() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     pub(crate) async fn state(&self, path: &str) -> Result<String> {

@@ -107,7 +107,7 @@ async fn unknown_routes_and_methods_are_json_errors() -> Result<()> {
 
 #[tokio::test]
 async fn health_metrics_documents_and_pages_need_no_key() -> Result<()> {
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     let vm = server.vm().await?;
     server.post(&format!("{vm}/exec"), &json!({ "cmd": "echo secret-word" })).await?.ok(200);
     let get = async |path: &str| send(server.client.get(format!("{}{path}", server.url))).await;
@@ -272,6 +272,6 @@ async fn a_shutdown_lets_a_request_in_flight_finish_and_leaves_vms_running() -> 
     stopped?;
     reply?.ok(200);
     assert!(server.get("/health").await.is_err(), "it no longer listens");
-    assert_eq!(server.fake.present().len(), 1);
+    assert_eq!(server.present().await?.len(), 1);
     Ok(())
 }

@@ -48,7 +48,7 @@ async fn requests_are_logged_with_their_id_and_without_commands_environments_and
     // This test's runtime has one thread, so its whole server logs here.
     let _guard = tracing::subscriber::set_default(subscriber);
 
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     let vm = server.vm().await?;
     for (cmd, cwd) in [("echo forbidden-command", "/tmp"), ("forbidden-failing", "/missing/forbidden-dir")] {
         let body = json!({ "cmd": cmd, "cwd": cwd, "env": { "FORBIDDEN_NAME": "forbidden-value" } });

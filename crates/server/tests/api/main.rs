@@ -1,4 +1,6 @@
 //! The API over real HTTP, with the fake engine and a SQLite store of its own for each test.
+//!
+//! Every case runs twice: `tests/api_pool` is a link to this folder, where the server has VMs booted ahead.
 
 mod accounts;
 mod api_keys;
@@ -9,6 +11,7 @@ mod http;
 mod images;
 mod logs;
 mod openapi;
+mod pool;
 mod rates;
 mod reconcile;
 mod scripts;

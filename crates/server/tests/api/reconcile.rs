@@ -106,7 +106,7 @@ async fn what_no_record_knows_is_removed_from_the_host() -> Result<()> {
     server.fake.plant(stray);
     server.restart().await?;
     server.get("/health").await?.ok(200);
-    assert_eq!(server.fake.present(), [id_of(&vm)]);
+    assert_eq!(server.present().await?, [id_of(&vm)]);
     Ok(())
 }
 
@@ -134,7 +134,7 @@ async fn what_drifts_without_a_word_is_found_by_the_timer() -> Result<()> {
     server.fake.fail_next(Call::Destroy);
     server.delete(&deleted).await?.refused(500, "internal");
     server.get(&deleted).await?.refused(404, "not_found");
-    until("it is destroyed after all", async || Ok(!server.fake.present().contains(&id_of(&deleted)))).await?;
+    until("it is destroyed after all", async || Ok(!server.present().await?.contains(&id_of(&deleted)))).await?;
 
     server.fake.fail_next(Call::Stop);
     server.act(&format!("{unsure}/stop")).await?.refused(500, "internal");
@@ -156,11 +156,11 @@ async fn the_timer_leaves_what_is_being_changed_alone() -> Result<()> {
 
 #[tokio::test]
 async fn a_create_under_way_at_a_shutdown_is_finished_or_taken_up() -> Result<()> {
-    let mut server = Server::start().await?;
+    let mut server = Server::start_cold().await?;
     server.fake.set_start_delay(Duration::from_millis(800));
     let create = server.request(Method::POST, "/v1/vms").json(&small_vm());
     let stop = async {
-        until("it is starting", async || Ok(!server.fake.present().is_empty())).await?;
+        until("it is starting", async || Ok(!server.present().await?.is_empty())).await?;
         server.stop().await;
         anyhow::Ok(())
     };

@@ -233,7 +233,7 @@ async fn a_vm_can_be_deleted_while_it_is_saved() -> Result<()> {
     let (saved, deleted) = tokio::join!(server.act(&path), delete);
     deleted?.ok(204);
     saved?.refused(404, "not_found");
-    assert!(server.fake.present().is_empty() && server.fake.snapshots().is_empty());
+    assert!(server.present().await?.is_empty() && server.fake.snapshots().is_empty());
     assert!(server.store.snapshot_all().await?.is_empty());
     Ok(())
 }
@@ -287,7 +287,7 @@ async fn a_snapshot_that_cannot_be_restored_is_told_and_leaves_no_vm() -> Result
     server.fake.fail_next(Call::CreateFrom);
     server.post("/v1/vms", &of(&snapshot)).await?.refused(500, "internal");
     assert_eq!(server.get("/v1/vms").await?.ok(200).as_array().unwrap().len(), 1);
-    assert_eq!(server.fake.present(), [id_of(&vm)]);
+    assert_eq!(server.present().await?, [id_of(&vm)]);
     Ok(())
 }
 
@@ -327,7 +327,7 @@ async fn a_removal_waits_for_a_restore_under_way() -> Result<()> {
     let (_, snapshot) = saved(&server).await?;
     server.fake.set_start_delay(Duration::from_millis(500));
     let delete = async {
-        until("it is restored", async || Ok(server.fake.present().len() == 2)).await?;
+        until("it is restored", async || Ok(server.present().await?.len() == 2)).await?;
         let deleted = server.delete(&snapshot);
         let gone = async {
             until("it is not to be seen", async || Ok(server.get(&snapshot).await?.status == 404)).await?;

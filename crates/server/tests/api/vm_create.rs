@@ -107,7 +107,7 @@ async fn every_bad_value_of_every_field_is_a_400_that_names_it_and_makes_nothing
         assert_eq!(wrong_fields(&reply), ["allowIps[0]"]);
     }
     assert_eq!(server.get("/v1/vms").await?.ok(200), json!([]));
-    assert!(server.fake.present().is_empty());
+    assert!(server.present().await?.is_empty());
     Ok(())
 }
 
@@ -123,7 +123,7 @@ async fn all_that_is_wrong_is_said_at_once_with_the_range() -> Result<()> {
 
 #[tokio::test]
 async fn a_vm_that_does_not_come_up_leaves_nothing_behind_and_the_answer_says_why() -> Result<()> {
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     let report = |reason, message: &str| EndReport { reason, message: message.into(), exit_code: None };
 
     server.fake.fail_next_start(report(EndReason::BootTimeout, "The agent was silent for 30 s."));
@@ -139,36 +139,36 @@ async fn a_vm_that_does_not_come_up_leaves_nothing_behind_and_the_answer_says_wh
         assert_eq!(message, "internal error");
     }
     assert_eq!(server.get("/v1/vms").await?.ok(200), json!([]));
-    assert!(server.fake.present().is_empty());
+    assert!(server.present().await?.is_empty());
     Ok(())
 }
 
 #[tokio::test]
 async fn what_cannot_be_destroyed_at_once_is_gone_after_the_next_start() -> Result<()> {
-    let mut server = Server::start().await?;
+    let mut server = Server::start_cold().await?;
     server.fake.fail_next(Call::Start);
     server.fake.fail_next(Call::Destroy);
     server.post("/v1/vms", &small_vm()).await?.refused(500, "internal");
-    assert_eq!(server.fake.present().len(), 1);
+    assert_eq!(server.present().await?.len(), 1);
     server.restart().await?;
-    until("it is gone", async || Ok(server.fake.present().is_empty())).await
+    until("it is gone", async || Ok(server.present().await?.is_empty())).await
 }
 
 #[tokio::test]
 async fn a_host_without_room_is_a_503_that_says_when_to_try_again() -> Result<()> {
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     server.fake.set_capacity(1);
     server.vm().await?;
     let reply = server.post("/v1/vms", &small_vm()).await?;
     reply.refused(503, "no_capacity");
     assert!(reply.headers.contains_key("retry-after"));
-    assert_eq!(server.fake.present().len(), 1);
+    assert_eq!(server.present().await?.len(), 1);
     Ok(())
 }
 
 #[tokio::test]
 async fn of_a_hundred_creates_at_once_each_succeeds_or_is_told_to_retry() -> Result<()> {
-    let server = Server::start_with(&[("limits.creates_in_flight", "4"), ("limits.creates_queued", "60")]).await?;
+    let server = Server::start_cold_with(&[("limits.creates_in_flight", "4"), ("limits.creates_queued", "60")]).await?;
     server.fake.set_capacity(30);
     server.fake.set_start_delay(Duration::from_millis(20));
     let body = small_vm();
@@ -188,14 +188,14 @@ async fn of_a_hundred_creates_at_once_each_succeeds_or_is_told_to_retry() -> Res
     }
     assert_eq!(made, 30);
     assert_eq!(server.get("/v1/vms").await?.ok(200).as_array().unwrap().len(), 30);
-    until("only those are on the host", async || Ok(server.fake.present().len() == 30)).await?;
+    until("only those are on the host", async || Ok(server.present().await?.len() == 30)).await?;
     assert_eq!(server.fake.overlaps(), 0);
     Ok(())
 }
 
 #[tokio::test]
 async fn a_client_that_hangs_up_leaves_a_whole_vm() -> Result<()> {
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     server.fake.set_start_delay(Duration::from_secs(2));
     let request = server.request(Method::POST, "/v1/vms").json(&small_vm());
     let is_known = async || Ok(!server.store.vm_not_deleted().await?.is_empty());
@@ -222,7 +222,7 @@ async fn the_same_idempotency_key_makes_one_vm_however_often_and_at_once() -> Re
     let replies = join_all((0..8).map(|_| create_with_key(&server, "k1", &body))).await;
     let ids: Vec<Value> = replies.into_iter().map(|reply| reply.unwrap().ok(201)["id"].clone()).collect();
     assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
-    assert_eq!(server.fake.present().len(), 1);
+    assert_eq!(server.present().await?.len(), 1);
 
     let reordered = json!({ "memMb": 128, "allowIps": [], "cpu": 1 });
     assert_eq!(create_with_key(&server, "k1", &reordered).await?.ok(201)["id"], ids[0]);
@@ -233,18 +233,18 @@ async fn the_same_idempotency_key_makes_one_vm_however_often_and_at_once() -> Re
 
 #[tokio::test]
 async fn a_repeated_request_whose_first_failed_fails_alike_and_starts_nothing() -> Result<()> {
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     let end = EndReport { reason: EndReason::BootFailed, message: "No.".into(), exit_code: None };
     server.fake.fail_next_start(end);
     create_with_key(&server, "k", &small_vm()).await?.refused(500, "boot_failed");
     create_with_key(&server, "k", &small_vm()).await?.refused(500, "boot_failed");
-    assert!(server.fake.present().is_empty());
+    assert!(server.present().await?.is_empty());
     Ok(())
 }
 
 #[tokio::test]
 async fn a_request_that_found_no_room_can_be_repeated_with_its_key() -> Result<()> {
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     server.fake.set_capacity(0);
     create_with_key(&server, "k", &small_vm()).await?.refused(503, "no_capacity");
     create_with_key(&server, "k", &small_vm()).await?.refused(503, "no_capacity");

@@ -37,7 +37,7 @@ async fn nothing_left(server: &Server, vm: &str) -> Result<()> {
     let list = server.get("/v1/vms").await?.ok(200);
     assert_eq!(paths(&list), [vm]);
     assert_eq!(list[0]["state"], "RUNNING");
-    assert_eq!(server.fake.present(), [id_of(vm)]);
+    assert_eq!(server.present().await?, [id_of(vm)]);
     assert!(server.fake.snapshots().is_empty() && server.store.snapshot_all().await?.is_empty());
     Ok(())
 }
@@ -153,7 +153,7 @@ async fn a_clone_deleted_on_its_way_up_undoes_the_others() -> Result<()> {
     let source = server.vm().await?;
     server.fake.set_start_delay(Duration::from_millis(500));
     let delete = async {
-        until("the clones come up", async || Ok(server.fake.present().len() == 3)).await?;
+        until("the clones come up", async || Ok(server.present().await?.len() == 3)).await?;
         let list = server.get("/v1/vms").await?.ok(200);
         let clone = paths(&list).into_iter().find(|path| *path != source).context("a clone")?;
         server.delete(&clone).await

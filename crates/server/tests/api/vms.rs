@@ -59,17 +59,17 @@ async fn a_deleted_vm_is_not_found_by_any_call_and_gone_from_the_host() -> Resul
         server.get(&format!("{vm}/network")).await?.refused(404, "not_found");
         server.post(&format!("{vm}/exec"), &json!({ "cmd": "true" })).await?.refused(404, "not_found");
     }
-    assert!(server.fake.present().is_empty());
+    assert!(server.present().await?.is_empty());
     Ok(())
 }
 
 #[tokio::test]
 async fn deleting_a_vm_that_comes_up_cancels_it() -> Result<()> {
-    let server = Server::start().await?;
+    let server = Server::start_cold().await?;
     server.fake.set_start_delay(Duration::from_millis(500));
     let create = server.request(reqwest::Method::POST, "/v1/vms").json(&crate::harness::small_vm());
     let delete = async {
-        until("it is starting", async || Ok(!server.fake.present().is_empty())).await?;
+        until("it is starting", async || Ok(!server.present().await?.is_empty())).await?;
         let list = server.get("/v1/vms").await?.ok(200);
         assert_eq!(list[0]["state"], "STARTING");
         let path = format!("/v1/vms/{}", list[0]["id"].as_str().unwrap());
@@ -79,7 +79,7 @@ async fn deleting_a_vm_that_comes_up_cancels_it() -> Result<()> {
     let (created, deleted) = tokio::join!(send(create), delete);
     deleted?.ok(204);
     created?.refused(404, "not_found");
-    assert!(server.fake.present().is_empty());
+    assert!(server.present().await?.is_empty());
     assert_eq!(server.get("/v1/vms").await?.ok(200), json!([]));
     Ok(())
 }

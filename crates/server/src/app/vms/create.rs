@@ -17,7 +17,7 @@ use super::{
     run::{From, bring_up},
 };
 use crate::{
-    app::{images::image_for, places::Place},
+    app::{images::image_for, places::Place, pool::Claimed},
     error::{AppError, chain},
     fault,
 };
@@ -86,6 +86,14 @@ async fn new_vm(app: &App, caller: &Caller, request: VmRequest) -> Result<NewVm,
     })
 }
 
+/// How a VM's record begins.
+enum Begins {
+    /// It is to be brought up.
+    Created,
+    /// It is up.
+    Running,
+}
+
 /// What a request came to.
 enum Attempt {
     /// A VM, by this request or by an earlier one with the same key.
@@ -95,21 +103,55 @@ enum Attempt {
 }
 
 async fn attempt(
-    app: &App,
+    app: &Arc<App>,
     caller: &Caller,
     new: &NewVm,
     idempotent: Option<&Idempotent>,
 ) -> Result<Attempt, AppError> {
+    if let Some(claimed) = app.pool.claim(app, new).await {
+        return attempt_with(app, caller, new, idempotent, claimed).await;
+    }
     let place = app.places.take().await?;
     // Until it is up: a removal of the snapshot waits for that.
     let _source = restore::hold_source(app, caller, new).await?;
     let lock = app.locks.lock(&new.id).await;
-    match insert(app, caller, new, idempotent).await? {
+    match insert(app, caller, new, idempotent, Begins::Created).await? {
         Inserted::New(vm) => make(app, vm, lock, place).await.map(|vm| Attempt::Made(Box::new(vm))),
-        Inserted::Replay(vm) => {
+        other => {
             drop(place);
-            replay(app, caller, vm).await
+            answer_to(app, caller, other).await
         }
+    }
+}
+
+/// The same with a VM that runs already: all that is left to do is its record.
+async fn attempt_with(
+    app: &Arc<App>,
+    caller: &Caller,
+    new: &NewVm,
+    idempotent: Option<&Idempotent>,
+    claimed: Claimed,
+) -> Result<Attempt, AppError> {
+    fault::point("after_pool_claim");
+    let new = NewVm { id: claimed.id.clone(), ..new.clone() };
+    match insert(app, caller, &new, idempotent, Begins::Running).await {
+        // What ended meanwhile has waited for the lock, and finds the record.
+        Ok(inserted @ Inserted::New(_)) => answer_to(app, caller, inserted).await,
+        Ok(other) => {
+            app.pool.give_back(app, claimed);
+            answer_to(app, caller, other).await
+        }
+        Err(error) => {
+            app.pool.give_up(app, claimed);
+            Err(error)
+        }
+    }
+}
+
+async fn answer_to(app: &App, caller: &Caller, inserted: Inserted) -> Result<Attempt, AppError> {
+    match inserted {
+        Inserted::New(vm) => Ok(Attempt::Made(Box::new(vm))),
+        Inserted::Replay(vm) => replay(app, caller, vm).await,
         Inserted::KeyReused => Err(AppError::key_reused()),
         Inserted::OverQuota(over) => Err(AppError::OverQuota(over)),
     }
@@ -120,13 +162,18 @@ async fn insert(
     caller: &Caller,
     new: &NewVm,
     idempotent: Option<&Idempotent>,
+    begins: Begins,
 ) -> Result<Inserted, AppError> {
     let account = app.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
     let idempotency =
         idempotent.map(|request| Idempotency { key: &request.key, request_sha256: request.request_sha256 });
-    let inserted = app.store.vm_insert(new, &account.quota, idempotency).await?;
+    let inserted = match begins {
+        Begins::Running => app.store.vm_insert_running(new, &account.quota, idempotency).await?,
+        Begins::Created => app.store.vm_insert(new, &account.quota, idempotency).await?,
+    };
     if let Inserted::New(vm) = &inserted {
         tracing::info!(vm_id = %vm.id, account_id = %vm.account_id, "VM {} created", vm.id);
+        app.pool.note(new);
         fault::point("after_vm_insert");
     }
     Ok(inserted)

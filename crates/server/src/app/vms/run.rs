@@ -92,7 +92,15 @@ pub(super) fn note_start<T>(outcome: &Result<T, AppError>, began: Instant) {
     metrics::vm_start(word, began.elapsed());
 }
 
+/// VMs that were booted ahead make room for one that somebody waits for.
 async fn engine_up(app: &App, vm: &Vm, from: From) -> Result<(), EngineError> {
+    match engine_up_once(app, vm, from).await {
+        Err(EngineError::NoCapacity(_)) if app.pool.make_room(app).await => engine_up_once(app, vm, from).await,
+        outcome => outcome,
+    }
+}
+
+async fn engine_up_once(app: &App, vm: &Vm, from: From) -> Result<(), EngineError> {
     match (from, &vm.snapshot_id) {
         (From::Snapshot, Some(snapshot)) => app.engine.create_from(&spec_of(vm), snapshot).await?,
         (From::Snapshot, None) | (From::Itself, _) => app.engine.create(&spec_of(vm)).await?,
