@@ -4,7 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     bench,
-    commands::{account, admin, completion, config, doctor, host, image, key, serve, vm},
+    commands::{account, admin, completion, config, doctor, host, image, key, serve, snapshot, vm},
 };
 
 /// Runs other people's code in isolated VMs.
@@ -22,6 +22,8 @@ pub(crate) enum Command {
     Serve(serve::ServeArgs),
     /// Create VMs, run commands in them, read their logs, delete them
     Vm(vm::VmArgs),
+    /// Saved VMs, of which others are made
+    Snapshot(snapshot::SnapshotArgs),
     /// Images that VMs start from
     Image(image::ImageArgs),
     /// API keys (needs a key with the admin scope)

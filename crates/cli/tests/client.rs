@@ -178,6 +178,69 @@ fn what_the_network_refused_is_listed() {
     );
 }
 
+const SNAPSHOT: &str = "snap-0123456789abcd";
+
+fn snapshot() -> Value {
+    json!({"id": SNAPSHOT, "vmId": VM, "state": "READY", "name": "after setup", "createdAt": "2026-11-20T10:00:00.000Z", "cpu": 2,
+        "memMb": 512, "diskSizeMb": 1024, "imageId": "01JD4W5C1QZX6M0V5K2B8N7T3A", "sizeBytes": 41_000_000})
+}
+
+#[test]
+fn a_snapshot_is_made_listed_and_deleted() {
+    let server = Server::start(vec![
+        ("POST /v1/vms/vm-0123456789abcd/snapshots", Answer::json(201, snapshot())),
+        ("GET /v1/snapshots", Answer::json(200, json!([snapshot()]))),
+        ("DELETE /v1/snapshots/snap-0123456789abcd", Answer::empty(204)),
+    ]);
+    let out = run(&server, &["snapshot", "create", VM, "--name", "after setup", "--quiet"]);
+    assert_eq!(text(&out.stdout), format!("{SNAPSHOT}\n"));
+    assert_eq!(server.requests()[0].body, json!({"name": "after setup"}));
+    let list = run(&server, &["snapshot", "ls"]);
+    let shown = text(&list.stdout);
+    assert!(shown.starts_with("ID ") && shown.contains(SNAPSHOT) && shown.contains(" 40 "), "{shown}");
+    let gone = run(&server, &["snapshot", "rm", SNAPSHOT, "snap-fedcba98765432"]);
+    assert_eq!((gone.status.code(), text(&gone.stdout)), (Some(1), format!("{SNAPSHOT}\n").as_str()));
+    assert!(text(&gone.stderr).starts_with("snap-fedcba98765432: error: "), "{}", text(&gone.stderr));
+}
+
+#[test]
+fn a_vm_of_a_snapshot_has_its_size_unless_another_is_named() {
+    let answers = || {
+        vec![
+            ("GET /v1/snapshots/snap-0123456789abcd", Answer::json(200, snapshot())),
+            ("POST /v1/vms", Answer::json(201, vm(VM, "RUNNING"))),
+        ]
+    };
+    let server = Server::start(answers());
+    assert!(run(&server, &["vm", "create", "--quiet", "--snapshot", SNAPSHOT]).status.success());
+    let body = &server.requests()[1].body;
+    assert_eq!((&body["cpu"], &body["memMb"], &body["snapshotId"]), (&json!(2), &json!(512), &json!(SNAPSHOT)));
+    assert!(body.get("diskSizeMb").is_none());
+    let server = Server::start(answers());
+    assert!(
+        run(&server, &["vm", "create", "--quiet", "--snapshot", SNAPSHOT, "--cpu", "1", "--mem", "128"])
+            .status
+            .success()
+    );
+    let asked = server.requests();
+    assert_eq!((asked.len(), &asked[0].body["cpu"], &asked[0].body["memMb"]), (1, &json!(1), &json!(128)));
+}
+
+#[test]
+fn a_fork_prints_its_clones_and_has_the_sources_network_unless_told() {
+    let path = "POST /v1/vms/vm-0123456789abcd/fork";
+    let fork = |args: &[&str]| {
+        let server = Server::start(vec![(path, Answer::json(201, json!([vm(OTHER, "RUNNING")])))]);
+        let out = run(&server, &[&["vm", "fork", VM][..], args].concat());
+        assert_eq!(text(&out.stdout), format!("{OTHER}\n"), "{}", text(&out.stderr));
+        server.requests()[0].body.clone()
+    };
+    assert_eq!(fork(&["--count", "3"]), json!({"count": 3}));
+    assert_eq!(fork(&["--closed"]), json!({"count": 1, "outboundInternet": false, "allowIps": []}));
+    let open = json!({"count": 1, "outboundInternet": true, "allowIps": ["192.0.2.7/32"]});
+    assert_eq!(fork(&["--allow", "192.0.2.7"]), open);
+}
+
 #[test]
 fn a_new_key_stands_alone_on_stdout() {
     let answer = json!({"id": "key-0123456789abcd", "key": "tfn_new", "scopes": ["read"], "expiresAt": null});

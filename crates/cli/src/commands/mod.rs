@@ -12,4 +12,5 @@ pub(crate) mod image_build;
 pub(crate) mod key;
 pub(crate) mod serve;
 pub(crate) mod settings;
+pub(crate) mod snapshot;
 pub(crate) mod vm;

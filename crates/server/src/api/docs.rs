@@ -19,6 +19,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("scripts", "Scripts", include_str!("../../../../docs/user/scripts.md")),
     ("errors", "Errors", include_str!("../../../../docs/user/errors.md")),
     ("admin", "Administration", include_str!("../../../../docs/user/admin.md")),
+    ("snapshots", "Snapshots", include_str!("../../../../docs/user/snapshots.md")),
     ("networking", "Networking", include_str!("../../../../docs/user/networking.md")),
     ("cli", "Command line", include_str!("../../../../docs/user/cli.md")),
     ("configuration", "Configuration", include_str!("../../../../docs/user/configuration.md")),

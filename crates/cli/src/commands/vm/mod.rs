@@ -2,6 +2,7 @@
 
 mod create;
 pub(crate) mod exec;
+mod fork;
 mod logs;
 mod many;
 
@@ -43,6 +44,8 @@ pub(crate) enum VmCommand {
     Pause(many::ManyArgs),
     /// Let paused VMs go on
     Resume(many::ManyArgs),
+    /// Make running clones of a running VM, which runs on
+    Fork(fork::ForkArgs),
     /// Delete VMs, running or not, with their disks
     #[command(visible_alias = "delete")]
     Rm(many::RemoveArgs),
@@ -79,6 +82,7 @@ pub(crate) async fn run(args: VmArgs) -> Result<ExitCode, Failure> {
         VmCommand::Stop(args) => many::act_on(&client, "stop", &args).await?,
         VmCommand::Pause(args) => many::act_on(&client, "pause", &args).await?,
         VmCommand::Resume(args) => many::act_on(&client, "resume", &args).await?,
+        VmCommand::Fork(args) => fork::run(&client, &args).await?,
         VmCommand::Rm(args) => many::remove(&client, &args).await?,
         VmCommand::Exec(args) => return exec::run(&client, &args).await,
         VmCommand::Logs(args) => logs::run(&client, &args).await?,
