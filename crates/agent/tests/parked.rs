@@ -322,10 +322,11 @@ fn where_the_profile_does_more_than_assign_no_shell_waits() {
 #[test]
 fn one_that_was_killed_or_stopped_costs_time_and_nothing_else() {
     let guest = with_parking();
-    for signal in ["KILL", "TERM", "HUP"] {
+    for signal in ["KILL", "TERM", "HUP", "STOP"] {
         guest.wait_for_count(WAITS, 1);
+        // It may have been gone before it could be found.
         let killed = guest.exec(argv(&["pkill", &format!("-{signal}"), "-f", WAITS])).done();
-        assert!(killed.exit_code == 0 || killed.exit_code == 128 + 9, "{killed:?}");
+        assert!(killed.exit_code == 0 || killed.exit_code == 1, "{killed:?}");
         assert_eq!(guest.shell("echo alive").text(), "alive");
     }
     assert_eq!(waited(&guest, HOW).text(), WAITED);

@@ -15,7 +15,7 @@
 //! each command, so that a guest where nothing is asked for does nothing. There is none where memory is short. It counts in
 //! the guest's bound of processes, but is no process of the guest's in an answer to a ping.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -71,6 +71,8 @@ struct State {
     /// Grows when what is there, or starts, has become useless.
     generation: u64,
     failures: u32,
+    /// Shells that somebody ended while they started, since a command came for one.
+    ended: u32,
     closed: bool,
 }
 
@@ -98,6 +100,7 @@ impl Default for Park {
             awaited: false,
             generation: 0,
             failures: 0,
+            ended: 0,
             closed: false,
         };
         Park { state: Mutex::new(state), changed: Condvar::new() }
@@ -176,6 +179,7 @@ impl Park {
     /// Takes the shell, when it was started with `login`; waits while it starts, unless another does.
     fn take(&self, login: &Login) -> Option<Box<Ready>> {
         let mut state = self.lock();
+        state.ended = 0;
         if matches!(state.slot, Slot::Starting) && !state.awaited {
             state.awaited = true;
             let starting = |state: &mut State| matches!(state.slot, Slot::Starting);
@@ -229,6 +233,11 @@ impl Park {
                 state.wanted = true;
             }
             Attempt::Failed => state.failures += 1,
+            Attempt::Ended => {
+                state.ended += 1;
+                state.wanted |= state.ended < MAX_FAILURES;
+                state.not_before = Instant::now() + BESIDE;
+            }
             Attempt::Refused => {}
         }
         drop(state);
@@ -262,6 +271,8 @@ enum Attempt {
     Waits(Box<Ready>),
     /// It was started, and didn't come to wait.
     Failed,
+    /// Somebody ended it while it started, as anybody of its user may: that says nothing of the next one.
+    Ended,
     /// It wasn't started: it may not be, or there is no room.
     Refused,
 }
@@ -292,8 +303,14 @@ fn ready(guest: &Guest) -> Attempt {
     match Parked::settle(running, control) {
         Ok(shell) => Attempt::Waits(Box::new(Ready { shell, login, found })),
         Err((error, running)) => {
-            eprintln!("tiffin-agent: no shell waits for commands: {error}");
+            let gone = error.kind() == ErrorKind::UnexpectedEof
+                || error.raw_os_error() == Some(libc::ESRCH)
+                || running.child.exit().is_some();
             running.discard(guest);
+            if gone {
+                return Attempt::Ended;
+            }
+            eprintln!("tiffin-agent: no shell waits for commands: {error}");
             Attempt::Failed
         }
     }

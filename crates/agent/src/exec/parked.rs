@@ -10,6 +10,8 @@
 //! arguments. They are told apart by a mark that the waiting line appends to the variable. All three are written, so that
 //! none shows anything but the command. If any of them isn't found exactly once, this shell is not used.
 //!
+//! Before it is given the line it is asked whether it is there, and answers; one that doesn't is ended, and has run nothing.
+//!
 //! The waiting line leaves what it found: `$?`, `$_` and `PIPESTATUS` are told to the agent, which gives up unless they
 //! are what the waiting line itself ends with; the line's number starts again; the descriptor is closed.
 //!
@@ -38,6 +40,9 @@ pub const DESCRIPTOR: i32 = 9;
 /// How long it may take to start.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long one that waits may take to say that it is there.
+const ANSWER_LIMIT: Duration = Duration::from_millis(250);
+
 /// What it says of `$?`, `$_` and `PIPESTATUS`: the same as behind [`FAREWELL`].
 const READY: &[u8] = b"0 ] 1\n\n";
 
@@ -53,7 +58,7 @@ const PROOF: usize = 64;
 /// The line that waits. `LINENO` is set where bash doesn't put it back: in a redirection of a group.
 fn wait_line() -> String {
     format!(
-        r#"echo "$? $_ ${{PIPESTATUS[*]}}">&{DESCRIPTOR};BASH_EXECUTION_STRING+={MARK};echo>&{DESCRIPTOR};read -ru{DESCRIPTOR} _||exit;exec {DESCRIPTOR}<&-;SECONDS=0;{{ :;}} {DESCRIPTOR}<&$((LINENO=0));{FAREWELL}"#
+        r#"echo "$? $_ ${{PIPESTATUS[*]}}">&{DESCRIPTOR};BASH_EXECUTION_STRING+={MARK};echo>&{DESCRIPTOR};read -ru{DESCRIPTOR} _||exit;echo>&{DESCRIPTOR};read -ru{DESCRIPTOR} _||exit;exec {DESCRIPTOR}<&-;SECONDS=0;{{ :;}} {DESCRIPTOR}<&$((LINENO=0));{FAREWELL}"#
     )
 }
 
@@ -105,9 +110,7 @@ impl Parked {
         let text = text();
         let mut found = [0; PROOF];
         let pid = self.running.child.pid();
-        if self.running.child.exit().is_some() {
-            return Err(io::ErrorKind::NotFound.into());
-        }
+        self.greet()?;
         patch::read(pid, self.places.read, &mut found)?;
         if found != text.as_bytes()[..PROOF] {
             return Err(io::Error::other("it is not where it was"));
@@ -119,6 +122,14 @@ impl Parked {
         bytes.resize(text.len(), 0);
         patch::write(pid, self.places.argument, &bytes)?;
         self.control.write_all(b"\n")
+    }
+
+    /// Finds out that it is there and answers: it may have been stopped, or a signal be on its way to it. It has none of
+    /// the line yet, so that a shell that doesn't answer has run nothing.
+    fn greet(&mut self) -> io::Result<()> {
+        self.control.set_read_timeout(Some(ANSWER_LIMIT))?;
+        self.control.write_all(b"\n")?;
+        self.control.read_exact(&mut [0])
     }
 }
 
