@@ -45,10 +45,13 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// The exit code of an error that is Tiffin's own: `vm exec` keeps it apart from the command's.
+    /// The exit code of an error that is Tiffin's own: what runs something in a VM keeps it apart from that one's.
     pub(crate) fn own_error_code(&self) -> u8 {
         match self {
-            Command::Vm(vm::VmArgs { command: vm::VmCommand::Exec(_), .. }) => vm::exec::OWN_ERROR,
+            Command::Vm(vm::VmArgs {
+                command: vm::VmCommand::Exec(_) | vm::VmCommand::Run(_) | vm::VmCommand::Shell(_),
+                ..
+            }) => vm::exec::OWN_ERROR,
             _ => 1,
         }
     }

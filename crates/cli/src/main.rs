@@ -43,7 +43,7 @@ fn usage(refused: &clap::Error, argv: &[OsString]) -> ExitCode {
         return if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(failure::CLOSED_PIPE) };
     }
     let mut words = argv.iter().take_while(|word| *word != "--");
-    let ours = words.any(|word| word == "vm") && words.any(|word| word == "exec");
+    let ours = words.any(|word| word == "vm") && words.any(|word| word == "exec" || word == "run" || word == "shell");
     ExitCode::from(if ours { commands::vm::exec::OWN_ERROR } else { failure::USAGE })
 }
 

@@ -11,6 +11,10 @@ use reqwest::{
     header::{self, HeaderMap, HeaderValue},
 };
 use serde_json::Value;
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream,
+    tungstenite::{self, client::IntoClientRequest},
+};
 
 use crate::{
     args::Connection,
@@ -21,11 +25,13 @@ use crate::{
 pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(120);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const ANSWER_BYTES: usize = 64 << 20;
+const KEY_HEADER: &str = "x-api-key";
 
 /// One server, one key.
 pub(crate) struct Client {
     http: reqwest::Client,
     base: Url,
+    api_key: Option<HeaderValue>,
 }
 
 /// A request.
@@ -55,8 +61,9 @@ impl Client {
             let mut value = HeaderValue::from_str(key)
                 .map_err(|_| anyhow::anyhow!("the API key has characters that no key has"))?;
             value.set_sensitive(true);
-            headers.insert("x-api-key", value);
+            headers.insert(KEY_HEADER, value);
         }
+        let api_key = headers.get(KEY_HEADER).cloned();
         let mut http = reqwest::Client::builder()
             .connect_timeout(CONNECT_LIMIT)
             .default_headers(headers)
@@ -66,7 +73,7 @@ impl Client {
             // A proxy for the outside world has no way to this machine's own server.
             http = http.no_proxy();
         }
-        Ok(Self { http: http.build().map_err(anyhow::Error::from)?, base })
+        Ok(Self { http: http.build().map_err(anyhow::Error::from)?, base, api_key })
     }
 
     /// The server's port.
@@ -101,11 +108,50 @@ impl Client {
 
     /// Any call; the answer is returned when its head is there, an error answer as the error that it is.
     pub(crate) async fn send(&self, call: Call<'_>) -> Result<Response, Failure> {
-        let url = self.base.join(call.path.trim_start_matches('/')).map_err(anyhow::Error::from)?;
-        let mut request = self.http.request(call.method, url).headers(call.headers).timeout(call.limit);
-        if let Some(body) = call.body {
-            request = request.json(body);
+        let body = call.body;
+        let request = self.request(call)?;
+        self.answered(if let Some(body) = body { request.json(body) } else { request }).await
+    }
+
+    /// A call with a body that isn't JSON, passed on as it comes; nothing is answered.
+    pub(crate) async fn pass(&self, call: Call<'_>, kind: &'static str, body: reqwest::Body) -> Result<(), Failure> {
+        let request = self.request(call)?.header(header::CONTENT_TYPE, kind).body(body);
+        self.answered(request).await.map(drop)
+    }
+
+    /// Opens a WebSocket; a refusal is the error that it is.
+    pub(crate) async fn websocket(
+        &self,
+        path: &str,
+    ) -> Result<WebSocketStream<MaybeTlsStream<tokio::net::TcpStream>>, Failure> {
+        let mut url = self.base.join(path.trim_start_matches('/')).map_err(anyhow::Error::from)?;
+        url.set_scheme("ws").map_err(|()| anyhow::anyhow!("{url}: can't be a WebSocket's address"))?;
+        let mut request = url.as_str().into_client_request().map_err(anyhow::Error::from)?;
+        if let Some(key) = &self.api_key {
+            request.headers_mut().insert(KEY_HEADER, key.clone());
         }
+        match tokio_tungstenite::connect_async(request).await {
+            Ok((socket, _)) => Ok(socket),
+            Err(tungstenite::Error::Http(answer)) => {
+                let (status, headers) = (answer.status().as_u16(), answer.headers());
+                let retry_after = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+                let body = answer.body().as_deref().unwrap_or_default();
+                Err(ApiError::read(status, body, retry_after.map(str::to_owned)).into())
+            }
+            Err(tungstenite::Error::Io(error)) => {
+                let url = self.base.to_string().trim_end_matches('/').to_owned();
+                Err(Failure::Unreachable { url, reason: error.to_string() })
+            }
+            Err(error) => Err(Failure::Exchange(format!("the server opened no terminal: {error}"))),
+        }
+    }
+
+    fn request(&self, call: Call<'_>) -> Result<reqwest::RequestBuilder, Failure> {
+        let url = self.base.join(call.path.trim_start_matches('/')).map_err(anyhow::Error::from)?;
+        Ok(self.http.request(call.method, url).headers(call.headers).timeout(call.limit))
+    }
+
+    async fn answered(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
         let answer = request.send().await.map_err(|error| self.failure(&error))?;
         let status = answer.status();
         if status.is_success() {
@@ -145,6 +191,13 @@ impl Client {
             Failure::Exchange(format!("the exchange with the server broke off: {reason}"))
         }
     }
+}
+
+/// A path with those parameters.
+pub(crate) fn query(path: &str, parameters: &[(&str, &str)]) -> String {
+    let mut url = Url::parse("http://host").expect("a URL");
+    url.query_pairs_mut().extend_pairs(parameters);
+    format!("{path}?{}", url.query().unwrap_or_default())
 }
 
 /// The base URL, ending in `/` so that paths are joined below it.

@@ -1,3 +1,4 @@
+#![allow(dead_code, reason = "each test program uses a part of it")]
 //! The whole program with real VMs: `tiffin serve` over folders of its own, spoken to over HTTP, killed and started again.
 //!
 //! Dropping a [`Site`] ends the server and every VM it ever made, by what its folders and logs name, and nothing else.
@@ -160,6 +161,21 @@ impl Site {
         })
         .await;
         status.unwrap()
+    }
+
+    /// Where the server answers.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The administrator's key.
+    pub(crate) fn key(&self) -> String {
+        fs::read_to_string(self.folder.path().join("key")).unwrap().trim().to_owned()
+    }
+
+    /// The server's process.
+    pub(crate) fn server_pid(&self) -> u32 {
+        self.server.as_ref().unwrap().id()
     }
 
     fn log_path(&self) -> PathBuf {

@@ -28,7 +28,7 @@ pub(crate) const OWN_ERROR: u8 = 125;
 /// Exit code of a command that ran into its time limit, as `timeout` has it.
 const TIMED_OUT: u8 = 124;
 /// How much longer than the command's own limit the server has to answer.
-const GRACE: Duration = Duration::from_secs(30);
+pub(super) const GRACE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -72,13 +72,19 @@ pub(crate) async fn run(client: &Client, args: &ExecArgs) -> Result<ExitCode, Fa
     let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("text/event-stream"))]);
     let answer = client.send(Call { headers, ..call }).await?;
     let result = pass_on(client, answer).await?;
+    tell_flags(&result)?;
+    exit_code(&result)
+}
+
+/// Says what an exit code doesn't.
+pub(super) fn tell_flags(result: &Value) -> Result<(), Failure> {
     for (flag, note) in [("truncated", "the output was cut at the server's limit"), ("timedOut", "time limit reached")]
     {
         if result.get(flag) == Some(&Value::Bool(true)) {
             output::print_error(&format!("tiffin: {note}\n"))?;
         }
     }
-    exit_code(&result)
+    Ok(())
 }
 
 fn body(args: &ExecArgs) -> Value {
@@ -96,7 +102,7 @@ fn body(args: &ExecArgs) -> Value {
 }
 
 /// Writes the stream's output where it belongs until its last event, which it returns.
-async fn pass_on(client: &Client, mut answer: Response) -> Result<Value, Failure> {
+pub(super) async fn pass_on(client: &Client, mut answer: Response) -> Result<Value, Failure> {
     let mut parser = Parser::default();
     while let Some(chunk) = client.chunk(&mut answer).await? {
         for event in parser.push(&chunk).map_err(|error| Failure::Exchange(error.to_string()))? {
@@ -129,7 +135,8 @@ fn write_now(out: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     out.flush()
 }
 
-fn exit_code(result: &Value) -> Result<ExitCode, Failure> {
+/// The exit code that a command's end means here.
+pub(super) fn exit_code(result: &Value) -> Result<ExitCode, Failure> {
     if result.get("timedOut") == Some(&Value::Bool(true)) {
         return Ok(ExitCode::from(TIMED_OUT));
     }
@@ -141,7 +148,7 @@ fn exit_code(result: &Value) -> Result<ExitCode, Failure> {
 }
 
 /// What the guest's shell is given: one word as it is, several words each quoted.
-fn command_line(words: &[String]) -> String {
+pub(super) fn command_line(words: &[String]) -> String {
     match words {
         [line] => line.clone(),
         words => words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
@@ -157,7 +164,8 @@ fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-fn env_pair(text: &str) -> Result<(String, String), String> {
+/// `NAME=value`.
+pub(super) fn env_pair(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("must be NAME=VALUE")?;
     if !limits::is_env_name(name) {
         return Err(format!("{name:?} is no environment variable's name (letters, digits and _)"));
@@ -165,7 +173,8 @@ fn env_pair(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+/// A time limit.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let limit = text.parse().ok().and_then(|secs| Duration::try_from_secs_f64(secs).ok());
     limit
         .filter(|limit| (1..=86_400_000).contains(&limit.as_millis()))

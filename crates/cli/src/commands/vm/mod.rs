@@ -2,9 +2,12 @@
 
 mod create;
 pub(crate) mod exec;
+mod files;
 mod fork;
 mod logs;
 mod many;
+mod run;
+mod shell;
 
 use std::process::ExitCode;
 
@@ -51,6 +54,14 @@ pub(crate) enum VmCommand {
     Rm(many::RemoveArgs),
     /// Run a command in a VM and pass on its output and exit code
     Exec(exec::ExecArgs),
+    /// Run a TypeScript or JavaScript file in a VM
+    Run(run::RunArgs),
+    /// Open a terminal in a VM
+    Shell(shell::ShellArgs),
+    /// Copy files and folders to and from a VM
+    Cp(files::CopyArgs),
+    /// List a folder of a VM
+    Files(files::FilesArgs),
     /// Show the last lines of a VM's log
     Logs(logs::LogsArgs),
     /// Show which connections the VM's network has refused
@@ -85,6 +96,10 @@ pub(crate) async fn run(args: VmArgs) -> Result<ExitCode, Failure> {
         VmCommand::Fork(args) => fork::run(&client, &args).await?,
         VmCommand::Rm(args) => many::remove(&client, &args).await?,
         VmCommand::Exec(args) => return exec::run(&client, &args).await,
+        VmCommand::Run(args) => return run::run(&client, &args).await,
+        VmCommand::Shell(args) => return shell::run(&client, &args).await,
+        VmCommand::Cp(args) => files::copy(&client, &args).await?,
+        VmCommand::Files(args) => files::list(&client, &args).await?,
         VmCommand::Logs(args) => logs::run(&client, &args).await?,
         VmCommand::Network(args) => network(&client, &args).await?,
     }
