@@ -214,7 +214,7 @@ async fn hostile_archives_are_refused_with_nothing_written() {
 async fn ten_mebibytes_go_in_and_come_out_unchanged_and_more_are_refused() {
     let site = Site::start(&[]).await;
     let id = site.create().await;
-    let noise = noise(10_300_000);
+    let noise = noise(9_900_000);
     let archive = archive(&[(EntryType::Regular, "noise", &noise)]);
     assert!((10_000_000..=10 << 20).contains(&archive.len()), "{}", archive.len());
     assert_eq!(upload(&site, &id, "/workspace/big", archive).await.0, 204);
