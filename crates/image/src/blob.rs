@@ -1,8 +1,9 @@
-//! The blob store: one read-only EROFS file per image, named after the SHA-256 of its bytes.
+//! The blob store: read-only files, named after the SHA-256 of their bytes. Filesystems and kernels have a folder each.
 //!
 //! ```text
-//!   <dir>/sha256/<64 hex>.erofs    complete, mode 0444, never written again
-//!   <dir>/sha256/.incoming-*       being written by a process that holds a lock on it
+//!   <dir>/sha256/<64 hex>.erofs     complete, mode 0444, never written again
+//!   <dir>/sha256/.incoming-*        being written by a process that holds a lock on it
+//!   <dir>/kernels/<64 hex>.kernel   the same for kernels
 //! ```
 //!
 //! Invariant: a file gets its final name only when all its bytes are on the disk, so whoever finds the name finds the
@@ -21,7 +22,6 @@ use sha2::{Digest as _, Sha256};
 use tiffin_types::id::Digest;
 
 const INCOMING: &str = ".incoming-";
-const EXTENSION: &str = ".erofs";
 
 /// A blob in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,16 +67,30 @@ impl BlobError {
 #[derive(Debug, Clone)]
 pub struct BlobStore {
     dir: Utf8PathBuf,
+    /// What the names end with.
+    extension: &'static str,
 }
 
 impl BlobStore {
-    /// Opens the store in `dir` (`<data_dir>/images`), making it where it is missing, and sweeps what killed writers
-    /// left.
+    /// Opens the store of filesystems in `dir` (`<data_dir>/images`), making it where it is missing, and sweeps what
+    /// killed writers left.
     ///
     /// # Errors
     /// When the folder can't be made or read.
     pub fn open(dir: &Utf8Path) -> Result<Self, BlobError> {
-        let store = Self { dir: dir.join("sha256") };
+        Self::open_with(dir.join("sha256"), ".erofs")
+    }
+
+    /// The same for kernels.
+    ///
+    /// # Errors
+    /// As [`BlobStore::open`].
+    pub fn open_kernels(dir: &Utf8Path) -> Result<Self, BlobError> {
+        Self::open_with(dir.join("kernels"), ".kernel")
+    }
+
+    fn open_with(dir: Utf8PathBuf, extension: &'static str) -> Result<Self, BlobError> {
+        let store = Self { dir, extension };
         fs::create_dir_all(&store.dir).map_err(BlobError::io(&store.dir))?;
         store.sweep()?;
         Ok(store)
@@ -84,7 +98,7 @@ impl BlobStore {
 
     /// Where the blob is, or would be.
     pub fn path(&self, digest: &Digest) -> Utf8PathBuf {
-        self.dir.join(format!("{}{EXTENSION}", digest.hex()))
+        self.dir.join(format!("{}{}", digest.hex(), self.extension))
     }
 
     /// Whether the blob is here.
@@ -120,7 +134,7 @@ impl BlobStore {
             file.lock().map_err(BlobError::io(&path))?;
             // Another process may have swept it between its making and its locking.
             if file.metadata().map_err(BlobError::io(&path))?.nlink() > 0 {
-                return Ok(Incoming { file, path, dir: self.dir.clone() });
+                return Ok(Incoming { file, path, store: self.clone() });
             }
         }
     }
@@ -142,7 +156,7 @@ impl BlobStore {
         let mut blobs = Vec::new();
         for entry in self.dir.read_dir_utf8().map_err(BlobError::io(&self.dir))? {
             let entry = entry.map_err(BlobError::io(&self.dir))?;
-            let Some(hex) = entry.file_name().strip_suffix(EXTENSION) else { continue };
+            let Some(hex) = entry.file_name().strip_suffix(self.extension) else { continue };
             let Ok(digest) = format!("sha256:{hex}").parse::<Digest>() else { continue };
             match entry.metadata() {
                 Ok(metadata) => blobs.push(Blob { digest, size_bytes: metadata.len() }),
@@ -194,7 +208,7 @@ impl BlobStore {
 pub struct Incoming {
     file: File,
     path: Utf8PathBuf,
-    dir: Utf8PathBuf,
+    store: BlobStore,
 }
 
 impl Incoming {
@@ -209,9 +223,9 @@ impl Incoming {
     /// When the disk fails or is full; nothing is left then.
     pub fn commit(mut self) -> Result<Blob, BlobError> {
         let blob = self.settle().map_err(BlobError::io(&self.path))?;
-        let target = self.dir.join(format!("{}{EXTENSION}", blob.digest.hex()));
+        let (target, dir) = (self.store.path(&blob.digest), &self.store.dir);
         fs::rename(&self.path, &target).map_err(BlobError::io(&target))?;
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(BlobError::io(&self.dir))?;
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(BlobError::io(dir))?;
         Ok(blob)
     }
 

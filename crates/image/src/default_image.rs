@@ -281,6 +281,11 @@ fn lock(images: &Utf8Path, progress: &(dyn Fn(Step) + Sync)) -> Result<File, Bui
     }
 }
 
+/// The default image that was built last below this data folder, by whichever recipe; its blob may be gone.
+pub fn recorded(data_dir: &Utf8Path) -> Option<DefaultImage> {
+    read_record(&data_dir.join("images"))
+}
+
 fn record_path(images: &Utf8Path) -> Utf8PathBuf {
     images.join("default.json")
 }
