@@ -24,7 +24,7 @@ pub use accounts::{Account, NewAdminKey};
 pub use api_keys::{ApiKey, NewApiKey};
 pub use error::StoreError;
 pub use idempotency::Idempotency;
-pub use images::{Image, NewImage};
+pub use images::{Image, ImageDeleted, ImageQuota, NewImage, Upload, Uploaded};
 pub use quota::QuotaExceeded;
 pub use sessions::Session;
 pub use snapshots::{Forked, NewFork, NewSnapshot, Snapshot, SnapshotInserted};

@@ -58,6 +58,8 @@ pub const FORK_COUNT: RangeInclusive<u32> = 1..=16;
 pub const PASSWORD_BYTES: RangeInclusive<usize> = 12..=256;
 /// Length of an email address, in bytes (RFC 5321 with its erratum).
 pub const EMAIL_BYTES: RangeInclusive<usize> = 3..=254;
+/// Length of an image's description, in characters.
+pub const DESCRIPTION_CHARS: usize = 1000;
 /// Processes and threads that a guest may have at once.
 pub const GUEST_PIDS: u32 = 1024;
 

@@ -1,6 +1,6 @@
 //! Images and the default one.
 
-use tiffin_store::{Image, StoreError};
+use tiffin_store::{Image, ImageDeleted, ImageQuota, NewImage, QuotaExceeded, Store, StoreError, Upload, Uploaded};
 use tiffin_types::{
     id::{AccountId, ImageId},
     vm::{VmEvent, VmState},
@@ -90,4 +90,111 @@ pub(crate) async fn an_image_of_no_account_is_refused(db: Db) {
     let store = db.open().await;
     let refused = store.image_insert(new_image(Some(&AccountId::random()), 1)).await;
     assert!(matches!(refused, Err(StoreError::Conflict(_))));
+}
+
+const ROOM: ImageQuota = ImageQuota { images: 2, bytes: 10_000 };
+
+/// An image of an account with nothing in it.
+async fn empty(store: &Store, account: &AccountId) -> Result<Image, QuotaExceeded> {
+    let new = NewImage { digest: None, size_bytes: 0, rootfs_bytes: 0, ..new_image(Some(account), 1) };
+    store.image_insert_within(new, account, &ROOM).await.unwrap()
+}
+
+fn rootfs(number: u8, size_bytes: u64) -> Uploaded {
+    Uploaded::Rootfs { digest: digest(number), size_bytes, rootfs_bytes: size_bytes * 2 }
+}
+
+pub(crate) async fn an_upload_begins_and_ends_and_gives_up_the_blob_that_it_replaces(db: Db) {
+    let store = db.open().await;
+    let ada = account(&store, "ada").await;
+    let image = empty(&store, &ada.id).await.unwrap();
+    let now = async || store.image_get(&ada.id, &image.id).await.unwrap().unwrap();
+    assert!(store.image_upload_begin(&image.id, Upload::Rootfs).await.unwrap());
+    assert_eq!(now().await.upload, Some(Upload::Rootfs));
+    assert_eq!(store.image_uploads_unfinished().await.unwrap(), std::slice::from_ref(&image.id));
+    store.image_upload_failed(&image.id, "it was cut\0short").await.unwrap();
+    assert_eq!((now().await.upload, now().await.upload_error.as_deref()), (None, Some("it was cut?short")));
+
+    assert!(store.image_upload_begin(&image.id, Upload::Rootfs).await.unwrap());
+    assert_eq!(now().await.upload_error, None);
+    let finish = async |uploaded| store.image_upload_finish(&image.id, Some(&ada.id), &ROOM, &uploaded).await.unwrap();
+    assert_eq!(finish(rootfs(2, 4000)).await, Ok(None));
+    assert_eq!(finish(rootfs(3, 5000)).await, Ok(Some(digest(2))));
+    let kernel = Uploaded::Kernel { digest: digest(4), size_bytes: 1000 };
+    assert_eq!(finish(kernel).await, Ok(None));
+    let whole = now().await;
+    assert_eq!((whole.upload, whole.digest, whole.kernel_digest), (None, Some(digest(3)), Some(digest(4))));
+    assert_eq!((whole.size_bytes, whole.rootfs_bytes, whole.kernel_bytes), (5000, 10_000, 1000));
+    let mut used = store.digests_in_use().await.unwrap();
+    used.sort();
+    assert_eq!(used, [digest(3), digest(4)]);
+
+    let gone = ImageId::random();
+    assert!(!store.image_upload_begin(&gone, Upload::Kernel).await.unwrap());
+    let refused = store.image_upload_finish(&gone, Some(&ada.id), &ROOM, &rootfs(5, 1)).await;
+    assert!(matches!(refused, Err(StoreError::Conflict(_))));
+}
+
+pub(crate) async fn an_accounts_images_are_bounded_in_number_and_bytes(db: Db) {
+    let store = db.open().await;
+    let (ada, bob) = (account(&store, "ada").await, account(&store, "bob").await);
+    let (one, two) = (empty(&store, &ada.id).await.unwrap(), empty(&store, &ada.id).await.unwrap());
+    let refused = empty(&store, &ada.id).await.unwrap_err();
+    assert_eq!(refused, QuotaExceeded { what: "images", limit: 2, used: 2, asked: 1 });
+    empty(&store, &bob.id).await.unwrap();
+
+    let finish = async |image: &Image, uploaded| {
+        store.image_upload_finish(&image.id, Some(&ada.id), &ROOM, &uploaded).await.unwrap()
+    };
+    finish(&one, rootfs(1, 6000)).await.unwrap();
+    let refused = finish(&two, rootfs(2, 5000)).await.unwrap_err();
+    assert_eq!(refused, QuotaExceeded { what: "imageBytes", limit: 10_000, used: 6000, asked: 5000 });
+    assert_eq!(store.image_get(&ada.id, &two.id).await.unwrap().unwrap().digest, None);
+    // What it replaces doesn't count beside it; its own kernel does.
+    finish(&one, rootfs(3, 9000)).await.unwrap();
+    let refused = finish(&one, Uploaded::Kernel { digest: digest(4), size_bytes: 2000 }).await.unwrap_err();
+    assert_eq!((refused.used, refused.asked), (9000, 2000));
+    assert_eq!(store.image_usage(&ada.id).await.unwrap(), ImageQuota { images: 2, bytes: 9000 });
+}
+
+pub(crate) async fn an_accounts_own_default_goes_before_everybodys(db: Db) {
+    let store = db.open().await;
+    let (ada, bob) = (account(&store, "ada").await, account(&store, "bob").await);
+    let shared = store.image_insert(new_image(None, 1)).await.unwrap();
+    let own = store.image_insert(new_image(Some(&ada.id), 2)).await.unwrap();
+    assert!(store.image_set_default(&shared.id).await.unwrap());
+    assert!(!store.image_set_default_of(&bob.id, &own.id).await.unwrap());
+    assert!(!store.image_set_default_of(&bob.id, &ImageId::random()).await.unwrap());
+    assert!(store.image_set_default_of(&ada.id, &own.id).await.unwrap());
+    let default_of = async |account| store.image_default_of(account).await.unwrap().unwrap().id;
+    assert_eq!((default_of(&ada.id).await, default_of(&bob.id).await), (own.id.clone(), shared.id.clone()));
+    let marked: Vec<ImageId> =
+        store.image_list(&ada.id).await.unwrap().into_iter().filter(|i| i.is_default).map(|i| i.id).collect();
+    assert_eq!(marked, std::slice::from_ref(&own.id));
+    assert!(store.image_set_default_of(&ada.id, &shared.id).await.unwrap());
+    assert_eq!(default_of(&ada.id).await, shared.id);
+    store.image_clear_default_of(&ada.id).await.unwrap();
+    assert_eq!(default_of(&ada.id).await, shared.id);
+}
+
+pub(crate) async fn an_image_that_is_used_a_default_or_uploaded_to_is_not_deleted(db: Db) {
+    let store = db.open().await;
+    let ada = account(&store, "ada").await;
+    let image = store.image_insert(new_image(Some(&ada.id), 1)).await.unwrap();
+    let delete = async || store.image_delete(&image.id).await.unwrap();
+    let new = tiffin_store::NewVm { image_id: image.id.clone(), ..crate::fixtures::new_vm(&ada.id) };
+    store.vm_insert(&new, &crate::fixtures::QUOTA, None).await.unwrap();
+    assert_eq!(delete().await, ImageDeleted::InUse { vms: 1, snapshots: 0 });
+    store.vm_transition(&new.id, VmState::Created, VmEvent::Delete, Default::default()).await.unwrap().unwrap();
+    store.image_set_default_of(&ada.id, &image.id).await.unwrap();
+    assert_eq!(delete().await, ImageDeleted::IsDefault);
+    store.image_clear_default_of(&ada.id).await.unwrap();
+    store.image_upload_begin(&image.id, Upload::Kernel).await.unwrap();
+    assert_eq!(delete().await, ImageDeleted::Uploading);
+    let kernel = Uploaded::Kernel { digest: digest(9), size_bytes: 1 };
+    let room = ImageQuota { images: 9, bytes: u64::MAX };
+    store.image_upload_finish(&image.id, Some(&ada.id), &room, &kernel).await.unwrap().unwrap();
+    assert_eq!(delete().await, ImageDeleted::Deleted(vec![digest(1), digest(9)]));
+    assert_eq!(delete().await, ImageDeleted::Absent);
+    assert_eq!(store.digests_in_use().await.unwrap(), []);
 }

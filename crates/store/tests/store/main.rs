@@ -77,6 +77,10 @@ cases! {
         an_image_is_found_by_digest_shared_ones_first,
         digests_of_images_and_of_vms_that_exist_are_in_use,
         an_image_of_no_account_is_refused,
+        an_upload_begins_and_ends_and_gives_up_the_blob_that_it_replaces,
+        an_accounts_images_are_bounded_in_number_and_bytes,
+        an_accounts_own_default_goes_before_everybodys,
+        an_image_that_is_used_a_default_or_uploaded_to_is_not_deleted,
     }
     vms {
         a_new_vm_reads_back_to_its_own_account_alone,
