@@ -1,7 +1,7 @@
 //! The `tiffin` binary: joins the server, the per-VM monitor and the user's commands.
 //!
-//! Invariant: the monitor is entered before anything else happens in the process, no thread, no runtime and no argument
-//! parser, because it makes namespaces and forks. Everything else is parsed by [`args`] and dispatched by [`run`].
+//! Invariant: the monitor and the reader of uploaded filesystems are entered before anything else happens in the process,
+//! no thread, no runtime and no argument parser, because they make namespaces and the one forks. Everything else is parsed by [`args`] and dispatched by [`run`].
 
 mod args;
 mod bench;
@@ -13,6 +13,7 @@ mod output;
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
+use tiffin_image::convert;
 
 use crate::{
     args::{Cli, Command},
@@ -21,9 +22,11 @@ use crate::{
 
 fn main() -> ExitCode {
     let argv: Vec<OsString> = std::env::args_os().collect();
-    if argv.get(1).is_some_and(|word| word == "monitor") {
-        let arguments: Vec<String> = argv[2..].iter().map(|word| word.to_string_lossy().into_owned()).collect();
-        return tiffin_engine::monitor::main(&arguments);
+    let arguments = || argv[2..].iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>();
+    match argv.get(1).and_then(|word| word.to_str()) {
+        Some("monitor") => return tiffin_engine::monitor::main(&arguments()),
+        Some(convert::SUBCOMMAND) => return convert::main(&arguments()),
+        Some(_) | None => {}
     }
     let cli = match Cli::try_parse_from(&argv) {
         Ok(cli) => cli,

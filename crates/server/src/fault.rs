@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 static ARMED: OnceLock<String> = OnceLock::new();
 
 /// Every point, in the order in which a VM's life passes them.
-pub const POINTS: [&str; 19] = [
+pub const POINTS: [&str; 23] = [
     "after_vm_insert",
     "after_start_intent",
     "after_engine_create",
@@ -31,6 +31,11 @@ pub const POINTS: [&str; 19] = [
     "before_fork_commit",
     // A create that takes a VM that is up already.
     "after_pool_claim",
+    // An upload to an image, and an image's end.
+    "after_upload_begin",
+    "after_upload_received",
+    "after_upload_converted",
+    "after_image_delete",
 ];
 
 /// Arms the point with this name, for the rest of the process's life.

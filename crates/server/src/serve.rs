@@ -12,6 +12,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tiffin_engine::Engine;
+use tiffin_image::convert::Converter;
 use tiffin_store::Store;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -21,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     api,
-    app::App,
+    app::{App, images::Images},
     config::Config,
     error::{AppError, chain},
     fault, metrics,
@@ -38,6 +39,9 @@ pub enum ServeError {
     /// The VMs that an earlier server left could not be taken over.
     #[error("can't take over the VMs on this host: {0}")]
     Adopt(String),
+    /// The folder of images can't be used.
+    #[error("can't open the images")]
+    Images(#[from] tiffin_image::blob::BlobError),
 }
 
 /// Serves the API on `listener` until `shutdown` is cancelled; then requests in flight have the configured grace, and
@@ -49,13 +53,16 @@ pub async fn serve(
     config: Config,
     engine: Arc<dyn Engine>,
     store: Store,
+    converter: Converter,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     if let Some(point) = &config.fault {
         fault::arm(point);
     }
-    let app = App::new(config, engine, store, metrics::install(), shutdown.clone());
+    let images = Images::open(&config, converter)?;
+    let app = App::new(config, engine, store, images, metrics::install(), shutdown.clone());
+    reconcile::settle_images(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
     reconcile::adopt_all(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
     reconcile::spawn_all(&app);
     tracing::info!(listen = listener.local_addr().map(|address| address.to_string()).ok(), "listening");

@@ -153,6 +153,16 @@ impl RawBody {
         let _ = tokio::time::timeout(patience, all).await;
     }
 
+    /// The pieces, for who outlives the request's handler.
+    pub(crate) fn into_pieces(self) -> BodyDataStream {
+        self.pieces
+    }
+
+    /// How many bytes the client says that it sends.
+    pub(crate) fn announced(&self) -> Option<u64> {
+        self.announced
+    }
+
     /// The pieces.
     pub(crate) fn pieces(&mut self) -> &mut BodyDataStream {
         &mut self.pieces

@@ -2,16 +2,65 @@
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    body::Bytes,
+    extract::{Request, State},
+    http::StatusCode,
+};
+use futures_util::{Stream, StreamExt};
 use serde::Serialize;
-use tiffin_store::Image;
-use tiffin_types::time::Timestamp;
+use tiffin_store::{Image, Upload};
+use tiffin_types::{id::ImageId, limits, time::Timestamp};
 use utoipa::ToSchema;
 
+use super::{
+    body::{Fields, JsonObject, NAME, RawBody, name, text},
+    request::Id,
+};
 use crate::{
-    app::{App, auth::Caller, images},
+    app::{
+        App,
+        auth::Caller,
+        images::{self, ImageNow, ImageRequest},
+        uploads::{Progress, image_upload, image_upload_admit, upload_limit},
+    },
     error::AppError,
 };
+
+/// What uploads are.
+const OCTETS: &str = "application/octet-stream";
+
+/// An image to be made.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "documents what `image_request` reads")]
+pub(crate) struct ImageCreate {
+    /// A name for people; need not be unique.
+    #[schema(min_length = 1, max_length = 100, example = "my-custom-image")]
+    name: String,
+    /// A sentence for people; may be empty.
+    #[schema(max_length = 1000, example = "Alpine with Python 3.12")]
+    description: String,
+    /// Whether every account is to see it; needs the scope admin.
+    #[schema(default = false)]
+    shared: Option<bool>,
+}
+
+/// How far an image is.
+#[derive(Serialize, ToSchema, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ImageStatus {
+    /// It has no filesystem yet.
+    Empty,
+    /// Something is being received.
+    Uploading,
+    /// What was received is being checked and made an image of.
+    Converting,
+    /// VMs can be made of it.
+    Ready,
+    /// The last upload came to nothing; `error` says why. What it had before it still has: see `hasRootfs`.
+    Failed,
+}
 
 /// What VMs are made of.
 #[derive(Serialize, ToSchema)]
@@ -37,23 +86,70 @@ pub(crate) struct ImageBody {
     /// Its content.
     #[serde(skip_serializing_if = "Option::is_none")]
     digest: Option<String>,
+    /// Whether every account sees it.
+    is_shared: bool,
+    status: ImageStatus,
+    /// Why the last upload came to nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    /// While something is uploaded: bytes that came.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    received_bytes: Option<u64>,
+    /// While something is uploaded: bytes that the client said would come.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expected_bytes: Option<u64>,
+    /// While something is uploaded: files of the filesystem that were read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    converted_entries: Option<u64>,
 }
 
-impl From<Image> for ImageBody {
-    fn from(image: Image) -> Self {
+impl From<ImageNow> for ImageBody {
+    fn from((image, progress): ImageNow) -> Self {
         Self {
+            status: status(&image, progress),
             id: image.id.to_string(),
             name: image.name,
             description: image.description,
             created_at: image.created_at,
             is_default: image.is_default,
-            has_kernel: false,
+            has_kernel: image.kernel_digest.is_some(),
             has_rootfs: image.digest.is_some(),
             base_rootfs_bytes: image.rootfs_bytes,
-            size_bytes: image.size_bytes,
+            size_bytes: image.size_bytes.saturating_add(image.kernel_bytes),
             digest: image.digest.map(|digest| digest.to_string()),
+            is_shared: image.account_id.is_none(),
+            error: image.upload_error,
+            received_bytes: progress.map(|progress| progress.received_bytes),
+            expected_bytes: progress.and_then(|progress| progress.expected_bytes),
+            converted_entries: progress.map(|progress| progress.converted_entries),
         }
     }
+}
+
+fn status(image: &Image, progress: Option<Progress>) -> ImageStatus {
+    match progress {
+        Some(progress) if progress.converting => ImageStatus::Converting,
+        Some(_) => ImageStatus::Uploading,
+        // One that was cut short and isn't written down as such yet.
+        None if image.upload_error.is_some() || image.upload.is_some() => ImageStatus::Failed,
+        None if image.digest.is_some() => ImageStatus::Ready,
+        None => ImageStatus::Empty,
+    }
+}
+
+/// Make an image
+///
+/// It is empty at first: upload a filesystem to it.
+#[utoipa::path(post, path = "/v1/images", operation_id = "image_create", tag = "Images", request_body = ImageCreate,
+    responses((status = 201, description = "The image", body = ImageBody), (status = 429)))]
+pub(crate) async fn image_create(
+    caller: Caller,
+    State(app): State<Arc<App>>,
+    body: JsonObject,
+) -> Result<(StatusCode, Json<ImageBody>), AppError> {
+    let request = image_request(body.fields())?;
+    let image = images::image_create(&app, &caller, request).await?;
+    Ok((StatusCode::CREATED, Json(image.into())))
 }
 
 /// List the images that VMs can be made of
@@ -62,4 +158,116 @@ impl From<Image> for ImageBody {
 pub(crate) async fn image_list(caller: Caller, State(app): State<Arc<App>>) -> Result<Json<Vec<ImageBody>>, AppError> {
     let list = images::image_list(&app, &caller).await?;
     Ok(Json(list.into_iter().map(ImageBody::from).collect()))
+}
+
+/// Get an image
+#[utoipa::path(get, path = "/v1/images/{id}", operation_id = "image_get", tag = "Images", params(("id" = String, Path)),
+    responses((status = 200, description = "The image, and how far an upload to it is", body = ImageBody)))]
+pub(crate) async fn image_get(
+    caller: Caller,
+    State(app): State<Arc<App>>,
+    Id(id): Id<ImageId>,
+) -> Result<Json<ImageBody>, AppError> {
+    Ok(Json(images::image_get(&app, &caller, &id).await?.into()))
+}
+
+/// Upload an image's filesystem
+///
+/// The body is an ext4 (or ext2, ext3) filesystem as it is, not compressed and without a partition table. It replaces the
+/// one that the image has once it is whole; VMs keep what they were made of.
+#[utoipa::path(put, path = "/v1/images/{id}/rootfs", operation_id = "image_rootfs_update", tag = "Images",
+    params(("id" = String, Path)), request_body(content = String, content_type = OCTETS),
+    responses((status = 204, description = "VMs can be made of it"), (status = 409), (status = 422), (status = 429), (status = 503)))]
+pub(crate) async fn image_rootfs_update(
+    caller: Caller,
+    State(app): State<Arc<App>>,
+    Id(id): Id<ImageId>,
+    request: Request,
+) -> Result<StatusCode, AppError> {
+    update(&app, &caller, &id, Upload::Rootfs, request).await
+}
+
+/// Upload an image's kernel
+///
+/// The body is a Linux kernel for x86-64: a vmlinux (ELF) or a bzImage. Engines that boot no kernel, as gVisor, don't use it.
+#[utoipa::path(put, path = "/v1/images/{id}/kernel", operation_id = "image_kernel_update", tag = "Images",
+    params(("id" = String, Path)), request_body(content = String, content_type = OCTETS),
+    responses((status = 204, description = "The image has it"), (status = 409), (status = 422), (status = 429), (status = 503)))]
+pub(crate) async fn image_kernel_update(
+    caller: Caller,
+    State(app): State<Arc<App>>,
+    Id(id): Id<ImageId>,
+    request: Request,
+) -> Result<StatusCode, AppError> {
+    update(&app, &caller, &id, Upload::Kernel, request).await
+}
+
+/// Make an image the default
+///
+/// The one that VMs are made of whose creator names none. With the scope admin and an image that everybody sees: for
+/// every account that chose none of its own. Else for the account of the key alone.
+#[utoipa::path(post, path = "/v1/images/{id}/set-default", operation_id = "image_default_update", tag = "Images",
+    params(("id" = String, Path)),
+    responses((status = 204, description = "It is the default"), (status = 409)))]
+pub(crate) async fn image_default_update(
+    caller: Caller,
+    State(app): State<Arc<App>>,
+    Id(id): Id<ImageId>,
+) -> Result<StatusCode, AppError> {
+    images::image_set_default(&app, &caller, &id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Delete an image
+///
+/// Refused while VMs or snapshots are made of it, while it is a default, and during an upload to it.
+#[utoipa::path(delete, path = "/v1/images/{id}", operation_id = "image_delete", tag = "Images",
+    params(("id" = String, Path)),
+    responses((status = 204, description = "Deleted"), (status = 409)))]
+pub(crate) async fn image_delete(
+    caller: Caller,
+    State(app): State<Arc<App>>,
+    Id(id): Id<ImageId>,
+) -> Result<StatusCode, AppError> {
+    images::image_delete(&app, &caller, &id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn update(
+    app: &Arc<App>,
+    caller: &Caller,
+    id: &ImageId,
+    part: Upload,
+    request: Request,
+) -> Result<StatusCode, AppError> {
+    let patience = app.config.http.body_timeout;
+    // A missing type is let through: what comes is looked at anyway.
+    let body = RawBody::new(request, &[OCTETS, ""], ("the file itself", OCTETS), upload_limit(app, part), patience).await?;
+    match image_upload_admit(app, caller, id, part, body.announced()).await {
+        Ok(begun) => image_upload(app, begun, pieces(body)).await?,
+        Err(error) => {
+            body.drain(patience).await;
+            return Err(error);
+        }
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn pieces(body: RawBody) -> impl Stream<Item = Result<Bytes, AppError>> + Send {
+    let broken = || AppError::BadRequest("the body broke off: send it whole".into());
+    body.into_pieces().map(move |piece| piece.map_err(|_| broken()))
+}
+
+fn image_request(mut fields: Fields) -> Result<ImageRequest, AppError> {
+    let name = fields.required("name", NAME, name);
+    let expected =
+        format!("must be a text of at most {} characters without control characters", limits::DESCRIPTION_CHARS);
+    let description = fields.required("description", &expected, |value| {
+        text(value).filter(|text| {
+            text.chars().count() <= limits::DESCRIPTION_CHARS && !text.chars().any(|c| c.is_control() && c != '\n')
+        })
+    });
+    let shared = fields.optional("shared", false, "must be true or false", |value| value.as_bool());
+    let request = (|| Some(ImageRequest { name: name?, description: description?, shared: shared? }))();
+    fields.finish_with(request, "name, description, shared are")
 }

@@ -6,7 +6,7 @@ use axum::{
     extract::{FromRequestParts, Path, Query},
     http::request::Parts,
 };
-use tiffin_types::id::{AccountId, ApiKeyId, SnapshotId, VmId};
+use tiffin_types::id::{AccountId, ApiKeyId, ImageId, SnapshotId, VmId};
 
 use super::sessions;
 use crate::{
@@ -57,6 +57,9 @@ impl Noun for SnapshotId {
 }
 impl Noun for ApiKeyId {
     const NOUN: &'static str = "API key";
+}
+impl Noun for ImageId {
+    const NOUN: &'static str = "image";
 }
 impl Noun for AccountId {
     const NOUN: &'static str = "account";

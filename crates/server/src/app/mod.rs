@@ -19,6 +19,7 @@ pub(crate) mod scripts;
 pub(crate) mod sessions;
 pub(crate) mod snapshots;
 pub(crate) mod terminal;
+pub(crate) mod uploads;
 pub(crate) mod vms;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex};
@@ -40,6 +41,8 @@ pub(crate) struct App {
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) store: Store,
     pub(crate) metrics: PrometheusHandle,
+    /// Where images are, and what is being uploaded to them.
+    pub(crate) images: images::Images,
     /// Every task of the server.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when the server is asked to shut down.
@@ -68,6 +71,7 @@ impl App {
         config: Config,
         engine: Arc<dyn Engine>,
         store: Store,
+        images: images::Images,
         metrics: PrometheusHandle,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
@@ -84,6 +88,7 @@ impl App {
             config,
             engine,
             store,
+            images,
             metrics,
             shutdown,
         })

@@ -11,6 +11,7 @@ use std::{net::IpAddr, net::SocketAddr, path::Path, time::Duration};
 
 use camino::Utf8PathBuf;
 use ipnet::Ipv4Net;
+use tiffin_store::ImageQuota;
 use tiffin_types::{account::Quota, limits, vm::EngineName};
 
 pub use keys::{Allowed, KEYS, Key, document};
@@ -61,6 +62,8 @@ pub struct Config {
     pub session: SessionConfig,
     /// What the first administrator logs in with.
     pub admin_email: String,
+    /// Images and uploads to them.
+    pub images: ImagesConfig,
     /// Networks of VMs.
     pub network: NetworkConfig,
     /// Whether `/metrics` asks for an API key.
@@ -223,6 +226,25 @@ pub struct Keep {
     pub count: usize,
 }
 
+/// Images and uploads to them.
+#[derive(Debug, Clone)]
+pub struct ImagesConfig {
+    /// Bytes of an uploaded filesystem, and of the files in it.
+    pub max_rootfs_bytes: u64,
+    /// Bytes of an uploaded kernel.
+    pub max_kernel_bytes: u64,
+    /// Files, folders and links of an uploaded filesystem.
+    pub max_entries: u64,
+    /// How long reading an uploaded filesystem may take.
+    pub convert_timeout: Duration,
+    /// Uploads that are received at once.
+    pub uploads_in_flight: usize,
+    /// Bytes of disk that uploads leave free.
+    pub min_free_disk_bytes: u64,
+    /// What an account's images may be and take.
+    pub quota: ImageQuota,
+}
+
 /// Networks of VMs.
 #[derive(Debug, Clone)]
 pub struct NetworkConfig {
@@ -344,6 +366,18 @@ impl Config {
                 max: Duration::from_secs(values.integer("session.max_s")?),
             },
             admin_email: values.with("admin.email", crate::app::sessions::email_form)?,
+            images: ImagesConfig {
+                max_rootfs_bytes: values.integer("images.max_rootfs_bytes")?,
+                max_kernel_bytes: values.integer("images.max_kernel_bytes")?,
+                max_entries: values.integer("images.max_entries")?,
+                convert_timeout: values.millis("images.convert_timeout_ms")?,
+                uploads_in_flight: values.count("images.uploads_in_flight")?,
+                min_free_disk_bytes: values.integer("images.min_free_disk_mb")? << 20,
+                quota: ImageQuota {
+                    images: values.integer("images.per_account")?,
+                    bytes: values.integer("images.bytes_per_account")?,
+                },
+            },
             network: NetworkConfig {
                 uplink: uplink(values)?,
                 resolvers: values.optional("network.resolvers", |text| {

@@ -4,9 +4,11 @@
 //! decided by one pure function ([`decide`]).
 
 mod decide;
+mod images;
 mod snapshots;
 mod tasks;
 mod vms;
 
+pub(crate) use images::settle_images;
 pub(crate) use tasks::spawn_all;
 pub(crate) use vms::{adopt_all, vm_reconcile};

@@ -5,13 +5,14 @@ use std::{sync::Arc, time::Duration};
 use tiffin_types::time::Timestamp;
 use tokio::time::MissedTickBehavior;
 
+use super::images::{settle_uploads, sweep_blobs};
 use super::vms::{end_noticed, reconcile_all, settle_starting};
 use crate::{
     app::{App, pool, sessions},
     error::chain,
 };
 
-/// Between two prunings of idempotency keys and sessions.
+/// Between two prunings of idempotency keys, sessions and blobs.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 /// How long an idempotency key is remembered.
 const KEYS_KEPT_MS: i64 = 24 * 3600 * 1000;
@@ -54,12 +55,18 @@ async fn periodically<F: Future<Output = ()>>(app: Arc<App>, every: Duration, ru
 }
 
 async fn reconcile(app: Arc<App>) {
+    if let Err(error) = settle_uploads(&app).await {
+        tracing::error!(error = error.inside(), "uploads can't be reconciled now");
+    }
     if let Err(error) = reconcile_all(&app).await {
         tracing::error!(error = error.inside(), "VMs can't be reconciled now");
     }
 }
 
 async fn prune(app: Arc<App>) {
+    if let Err(error) = sweep_blobs(&app).await {
+        tracing::error!(error = error.inside(), "blobs that nothing needs can't be removed now");
+    }
     match app.store.idempotency_prune(Timestamp::now().plus_millis(-KEYS_KEPT_MS)).await {
         Ok(0) => {}
         Ok(keys) => tracing::debug!(keys, "old idempotency keys forgotten"),

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use reqwest::{Method, StatusCode, header::HeaderMap};
 use serde_json::{Value, json};
 use tiffin_engine::{Engine, Observed, fake::Fake};
+use tiffin_image::convert::Converter;
 use tiffin_server::Config;
 use tiffin_store::{NewImage, Store};
 use tiffin_types::{
@@ -116,8 +117,14 @@ impl Server {
         let keeps = config.pool.keep.iter().map(|keep| keep.count).sum::<usize>().min(config.pool.max_vms);
         self.shutdown = CancellationToken::new();
         self.tasks = TaskTracker::new();
-        let served =
-            tiffin_server::serve(config, self.fake.clone(), self.store.clone(), listener, self.shutdown.clone());
+        let served = tiffin_server::serve(
+            config,
+            self.fake.clone(),
+            self.store.clone(),
+            Converter::in_process(),
+            listener,
+            self.shutdown.clone(),
+        );
         self.tasks.spawn(async move { served.await.expect("the server begins") });
         self.tasks.close();
         if keeps > 0 {
@@ -157,6 +164,15 @@ impl Server {
 
     pub(crate) async fn delete(&self, path: &str) -> Result<Reply> {
         send(self.request(Method::DELETE, path)).await
+    }
+
+    pub(crate) async fn put(&self, path: &str, body: impl Into<reqwest::Body>) -> Result<Reply> {
+        send(self.request(Method::PUT, path).header("Content-Type", "application/octet-stream").body(body)).await
+    }
+
+    /// The folder of the server's data.
+    pub(crate) fn data_dir(&self) -> &std::path::Path {
+        self._dir.path()
     }
 
     /// A running VM's path.

@@ -34,6 +34,7 @@ fn unknown_id(path: &str) -> String {
     let id = match path {
         _ if path.starts_with("/v1/vms/") => "vm-00000000000000",
         _ if path.starts_with("/v1/snapshots/") => "snap-00000000000000",
+        _ if path.starts_with("/v1/images/") => "01JD4W5C1QZX6M0V5K2B8N7T3A",
         _ if path.starts_with("/v1/admin/accounts/") => "acc-00000000000000",
         _ if path.starts_with("/v1/admin/api-keys/") => "key-00000000000000",
         _ => panic!("tell this test what {path} is about"),
@@ -63,6 +64,7 @@ fn good_body(id: &str) -> Value {
         "snapshot_create" => json!({ "name": "x" }),
         "exec_create" => json!({ "cmd": "true" }),
         "script_ts_run" | "script_js_run" => json!({ "code": "1" }),
+        "image_create" => json!({ "name": "x", "description": "" }),
         "account_create" => json!({ "name": "x" }),
         "account_update" => json!({ "quota": { "vms": 1, "cpus": 1, "memMb": 1, "diskMb": 1 } }),
         "session_create" => json!({ "email": "x@y", "password": "x" }),

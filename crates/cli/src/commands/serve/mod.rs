@@ -11,6 +11,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context;
 use clap::Args;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tiffin_image::convert::Converter;
 use tiffin_server::{Config, config::EngineChoice};
 use tiffin_store::Store;
 use tiffin_types::vm::EngineName;
@@ -77,6 +78,8 @@ async fn serve(config: Config, write_key: Option<&std::path::Path>) -> Result<()
     let login = tiffin_server::first_login(&store, &config.admin_email).await.context("making the first user")?;
     key_place.hand_over(key.as_deref(), login.as_ref())?;
     let engine = start::engine(&config)?;
+    // As a monitor, the converter is the very program that the server is.
+    let converter = Converter::confined(start::SELF);
     let shutdown = CancellationToken::new();
     let told_twice = async {
         signals.next().await;
@@ -85,7 +88,7 @@ async fn serve(config: Config, write_key: Option<&std::path::Path>) -> Result<()
     };
     let closing = store.clone();
     tokio::select! {
-        served = tiffin_server::serve(config, engine, store, listener, shutdown.clone()) => {
+        served = tiffin_server::serve(config, engine, store, converter, listener, shutdown.clone()) => {
             closing.close().await;
             served.map_err(|error| anyhow::Error::from(error).into())
         }

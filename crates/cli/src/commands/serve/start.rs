@@ -11,6 +11,9 @@ use tiffin_engine::{Engine, fake::Fake, monitored::HostConfig};
 use tiffin_server::{Config, config::EngineChoice};
 use tiffin_types::vm::EngineName;
 
+/// This program. Not by its path: a monitor is the very program that the server is, also when an upgrade has replaced the
+/// file.
+pub(super) const SELF: &str = "/proc/self/exe";
 const DNS_PORT: u16 = 53;
 /// Space of the data folder's filesystem that VMs leave free: the database and the logs need some, too.
 const MIN_FREE_DISK_MB: u64 = 512;
@@ -46,8 +49,7 @@ fn host_config(config: &Config) -> anyhow::Result<HostConfig> {
         // The engine gives up first, so that it can say why and clear up before the server stops waiting for it.
         boot_timeout: config.vm.start_timeout * 4 / 5,
         min_free_disk_mb: MIN_FREE_DISK_MB,
-        // Not by its path: a monitor is the very program that the server is, also when an upgrade has replaced the file.
-        monitor: "/proc/self/exe".into(),
+        monitor: SELF.into(),
     })
 }
 

@@ -17,7 +17,11 @@ use super::{
     run::{From, bring_up},
 };
 use crate::{
-    app::{images::image_for, places::Place, pool::Claimed},
+    app::{
+        images::{image_for, still_has},
+        places::Place,
+        pool::Claimed,
+    },
     error::{AppError, chain},
     fault,
 };
@@ -167,6 +171,11 @@ async fn insert(
     let account = app.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
     let idempotency =
         idempotent.map(|request| Idempotency { key: &request.key, request_sha256: request.request_sha256 });
+    // From here to the record the image's blob can't go. That of a snapshot is the snapshot's, whose share is held.
+    let _gate = app.images.gate.read().await;
+    if new.snapshot_id.is_none() {
+        still_has(app, caller, &new.image_id, &new.image_digest).await?;
+    }
     let inserted = match begins {
         Begins::Running => app.store.vm_insert_running(new, &account.quota, idempotency).await?,
         Begins::Created => app.store.vm_insert(new, &account.quota, idempotency).await?,
