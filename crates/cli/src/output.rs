@@ -118,6 +118,44 @@ impl Drop for Spinner {
     }
 }
 
+/// How far a file is on its way, on stderr; nothing where stderr is no terminal. Gone when dropped.
+pub(crate) struct Transfer(Option<ProgressBar>);
+
+impl Transfer {
+    /// Shows `what` of so many bytes.
+    pub(crate) fn start(what: impl Into<Cow<'static, str>>, bytes: u64) -> Self {
+        if !io::stderr().is_terminal() {
+            return Self(None);
+        }
+        let bar = ProgressBar::new(bytes).with_message(what);
+        let style = "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            bar.set_style(style);
+        }
+        Self(Some(bar))
+    }
+
+    /// What is told the bytes that have gone. When all have, it shows that the server works on them.
+    pub(crate) fn counter(&self) -> impl Fn(u64) + Send + Sync + 'static {
+        let bar = self.0.clone();
+        move |sent| {
+            let Some(bar) = &bar else { return };
+            bar.set_position(sent);
+            if bar.length() == Some(sent) {
+                bar.set_message("uploaded; the server makes an image of it");
+            }
+        }
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// The steps of a long piece of work on stderr: a line for each, and under it, on a terminal, what it is busy with.
 /// Usable from several threads at once.
 pub(crate) struct Steps(Option<ProgressBar>);

@@ -259,6 +259,87 @@ fn a_missing_key_is_told_with_where_to_find_one() {
     assert!(text(&out.stderr).contains("TIFFIN_API_KEY"), "{}", text(&out.stderr));
 }
 
+const IMAGE: &str = "01JD4W5C1QZX6M0V5K2B8N7T3A";
+
+fn image(status: &str) -> Value {
+    json!({"id": IMAGE, "name": "mine", "description": "", "createdAt": "2026-11-20T10:00:00.000Z", "isDefault": false,
+        "hasKernel": false, "hasRootfs": true, "baseRootfsBytes": 3_000_000, "sizeBytes": 4_000_000, "isShared": false,
+        "status": status})
+}
+
+#[test]
+fn an_image_is_made_and_its_files_are_sent_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let (rootfs, kernel) = (folder.path().join("rootfs"), folder.path().join("kernel"));
+    std::fs::write(&rootfs, vec![b'r'; 700_000]).unwrap();
+    std::fs::write(&kernel, b"kernel").unwrap();
+    let server = Server::start(vec![
+        ("POST /v1/images", Answer::json(201, image("empty"))),
+        ("PUT /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A/rootfs", Answer::empty(204)),
+        ("PUT /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A/kernel", Answer::empty(204)),
+    ]);
+    let args = ["image", "create", "mine", "--rootfs", rootfs.to_str().unwrap(), "--kernel", kernel.to_str().unwrap()];
+    let out = run(&server, &args);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!((text(&out.stdout), text(&out.stderr)), (format!("{IMAGE}\n").as_str(), ""));
+    let asked = server.requests();
+    assert_eq!(asked[0].body, json!({"name": "mine", "description": ""}));
+    for (asked, length) in asked[1..].iter().zip([700_000, 6]) {
+        assert_eq!(asked.header("content-type"), Some("application/octet-stream"));
+        assert_eq!(asked.header("content-length"), Some(length.to_string().as_str()));
+        assert_eq!(asked.length, length);
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_makes_no_image() {
+    let server = Server::start(vec![]);
+    let out = run(&server, &["image", "create", "mine", "--rootfs", "/nonexistent/rootfs"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("/nonexistent/rootfs"), "{}", text(&out.stderr));
+    let folder = run(&server, &["image", "upload", IMAGE, "--rootfs", "/etc"]);
+    assert!(text(&folder.stderr).contains("mke2fs -d"), "{}", text(&folder.stderr));
+    let nothing = run(&server, &["image", "upload", IMAGE]);
+    assert!(text(&nothing.stderr).contains("--rootfs FILE"), "{}", text(&nothing.stderr));
+    assert_eq!(server.requests().len(), 0);
+}
+
+#[test]
+fn a_refused_filesystem_is_told_with_the_reason_and_what_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let rootfs = folder.path().join("rootfs");
+    std::fs::write(&rootfs, b"\x1f\x8b").unwrap();
+    let server = Server::start(vec![
+        ("POST /v1/images", Answer::json(201, image("empty"))),
+        (
+            "PUT /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A/rootfs",
+            refusal(422, "this is no ext4 filesystem: it is compressed with gzip", "bad_filesystem"),
+        ),
+    ]);
+    let out = run(&server, &["image", "create", "mine", "--rootfs", rootfs.to_str().unwrap()]);
+    assert_eq!((out.status.code(), text(&out.stdout)), (Some(1), ""));
+    let told = text(&out.stderr);
+    assert!(told.contains("compressed with gzip") && told.contains(&format!("the image {IMAGE} was made")), "{told}");
+}
+
+#[test]
+fn images_are_listed_shown_made_the_default_and_deleted() {
+    let server = Server::start(vec![
+        ("GET /v1/images", Answer::json(200, json!([image("ready")]))),
+        ("GET /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A", Answer::json(200, image("ready"))),
+        ("POST /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A/set-default", Answer::empty(204)),
+        ("DELETE /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A", refusal(409, "the image is in use by 2 VMs", "in_use")),
+    ]);
+    let table = run(&server, &["image", "ls"]);
+    assert!(text(&table.stdout).contains("ready   3"), "{}", text(&table.stdout));
+    let shown = run(&server, &["image", "get", IMAGE]);
+    assert!(text(&shown.stdout).contains("files MiB   3\n"), "{}", text(&shown.stdout));
+    assert_eq!(text(&run(&server, &["image", "set-default", IMAGE]).stdout), format!("{IMAGE}\n"));
+    let out = run(&server, &["image", "rm", IMAGE]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("in use by 2 VMs"), "{}", text(&out.stderr));
+}
+
 #[test]
 fn completion_scripts_name_the_commands() {
     for shell in ["bash", "zsh", "fish"] {

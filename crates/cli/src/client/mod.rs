@@ -6,6 +6,7 @@ pub(crate) mod sse;
 
 use std::time::Duration;
 
+use futures_util::TryStreamExt;
 use reqwest::{
     Method, Response, Url,
     header::{self, HeaderMap, HeaderValue},
@@ -15,6 +16,8 @@ use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
     tungstenite::{self, client::IntoClientRequest},
 };
+use tokio::io::AsyncReadExt;
+use tokio_util::io::ReaderStream;
 
 use crate::{
     args::Connection,
@@ -26,6 +29,8 @@ pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(120);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const ANSWER_BYTES: usize = 64 << 20;
 const KEY_HEADER: &str = "x-api-key";
+/// Bytes of a file that are read at once.
+const PIECE_BYTES: usize = 256 << 10;
 
 /// One server, one key.
 pub(crate) struct Client {
@@ -96,6 +101,31 @@ impl Client {
         self.json(Call::new(Method::DELETE, path)).await.map(drop)
     }
 
+    /// `PUT` of a file's bytes; `sent` is told how many have gone, as they go.
+    pub(crate) async fn upload(
+        &self,
+        path: &str,
+        file: tokio::fs::File,
+        bytes: u64,
+        limit: Duration,
+        sent: impl Fn(u64) + Send + Sync + 'static,
+    ) -> Result<(), Failure> {
+        let url = self.base.join(path.trim_start_matches('/')).map_err(anyhow::Error::from)?;
+        let mut so_far = 0;
+        let pieces = ReaderStream::with_capacity(file.take(bytes), PIECE_BYTES).inspect_ok(move |piece| {
+            so_far += piece.len() as u64;
+            sent(so_far);
+        });
+        let request = self
+            .http
+            .request(Method::PUT, url)
+            .header(header::CONTENT_TYPE, "application/octet-stream")
+            .header(header::CONTENT_LENGTH, bytes)
+            .timeout(limit)
+            .body(reqwest::Body::wrap_stream(pieces));
+        self.answer(request).await.map(drop)
+    }
+
     /// Any call, its answer as JSON; `Null` where the answer is empty.
     pub(crate) async fn json(&self, call: Call<'_>) -> Result<Value, Failure> {
         let answer = self.send(call).await?;
@@ -152,6 +182,10 @@ impl Client {
     }
 
     async fn answered(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
+        self.answer(request).await
+    }
+
+    async fn answer(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
         let answer = request.send().await.map_err(|error| self.failure(&error))?;
         let status = answer.status();
         if status.is_success() {

@@ -79,6 +79,8 @@ pub(crate) struct Asked {
     headers: HeaderMap,
     pub(crate) query: String,
     pub(crate) body: Value,
+    /// Bytes of the body.
+    pub(crate) length: usize,
 }
 
 impl Asked {
@@ -120,9 +122,10 @@ async fn answer(script: Script, record: Arc<Mutex<Vec<Asked>>>, request: Request
     let (head, body) = request.into_parts();
     let asked = format!("{} {}", head.method, head.uri.path());
     let body = to_bytes(body, 1 << 20).await.unwrap();
+    let length = body.len();
     let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
     let query = head.uri.query().unwrap_or_default().to_owned();
-    record.lock().unwrap().push(Asked { method: head.method.to_string(), headers: head.headers, query, body });
+    record.lock().unwrap().push(Asked { method: head.method.to_string(), headers: head.headers, query, body, length });
     let Some(answer) = script.get(asked.as_str()) else {
         return Response::builder().status(StatusCode::INTERNAL_SERVER_ERROR).body(Body::from(asked)).unwrap();
     };

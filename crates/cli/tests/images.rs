@@ -1,0 +1,183 @@
+//! Images that clients upload: real VMs of them, the server killed during uploads, the reader's own process.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by panicking and ends with its runtime"
+)]
+
+#[path = "vms/harness.rs"]
+mod harness;
+#[path = "vms/server.rs"]
+mod server;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use camino::Utf8Path;
+use serde_json::{Value, json};
+use server::{Site, stdout};
+use tiffin_image::{
+    blob::BlobStore,
+    convert::{ConvertError, Converter, Limits},
+};
+
+/// A setting for machines whose disk is nearly full: what is tested is small.
+const ANY_DISK: &str = "images.min_free_disk_mb=64";
+
+/// An ext4 filesystem of a folder.
+fn ext4(tree: &Path, size: &str) -> Vec<u8> {
+    let image = tree.with_extension("ext4");
+    let mut make = Command::new("mke2fs");
+    let made = make.args(["-q", "-F", "-t", "ext4", "-d"]).arg(tree).arg(&image).arg(size).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    fs::read(image).unwrap()
+}
+
+/// Nothing but busybox: no bash, no user 1000, no /workspace, no /etc.
+fn busybox(folder: &Path) -> Vec<u8> {
+    let tree = folder.join("busybox");
+    fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
+    for name in ["sh", "cat", "id", "ls", "touch", "pwd"] {
+        symlink("busybox", tree.join("bin").join(name)).unwrap();
+    }
+    fs::write(tree.join("marker"), "of busybox\n").unwrap();
+    ext4(&tree, "16M")
+}
+
+/// This host's bash and some of its programs, with the libraries that they need.
+fn with_bash(folder: &Path) -> Vec<u8> {
+    let tree = folder.join("bash");
+    for name in ["bin", "etc", "lib64", "tmp"] {
+        fs::create_dir_all(tree.join(name)).unwrap();
+    }
+    let mut libraries = BTreeSet::new();
+    for program in ["/bin/bash", "/bin/cat", "/bin/stat"] {
+        fs::copy(program, tree.join(&program[1..])).unwrap();
+        let told = Command::new("ldd").arg(program).output().unwrap();
+        let told = String::from_utf8(told.stdout).unwrap();
+        libraries.extend(told.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from));
+    }
+    for library in libraries {
+        let inside = tree.join(library.strip_prefix("/").unwrap());
+        fs::create_dir_all(inside.parent().unwrap()).unwrap();
+        fs::copy(library, inside).unwrap();
+    }
+    fs::write(tree.join("marker"), "of bash\n").unwrap();
+    fs::set_permissions(tree.join("bin/cat"), fs::Permissions::from_mode(0o4755)).unwrap();
+    fs::hard_link(tree.join("marker"), tree.join("etc/same")).unwrap();
+    ext4(&tree, "64M")
+}
+
+async fn image(site: &Site, name: &str) -> String {
+    let made = site.ask("POST", "/v1/images", Some(json!({ "name": name, "description": "" }))).await;
+    assert_eq!(made.status, 201, "{made:?}");
+    format!("/v1/images/{}", made.body["id"].as_str().unwrap())
+}
+
+async fn now(site: &Site, image: &str) -> Value {
+    site.ask("GET", image, None).await.body
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vms_of_uploaded_filesystems_have_their_files_whatever_else_is_missing_in_them() {
+    let site = Site::start(&[ANY_DISK]).await;
+    let folder = tempfile::tempdir().unwrap();
+    for (name, bytes) in [("busybox", busybox(folder.path())), ("bash", with_bash(folder.path()))] {
+        let image = image(&site, name).await;
+        let uploaded = site.try_upload(&format!("{image}/rootfs"), bytes).await.unwrap();
+        assert_eq!(uploaded.status, 204, "{uploaded:?}");
+        let body =
+            json!({ "cpu": 1, "memMb": 128, "allowIps": [], "diskSizeMb": 64, "imageId": image.rsplit('/').next() });
+        let vm = site.ask("POST", "/v1/vms", Some(body)).await.id();
+        assert_eq!(site.sh(&vm, "cat /marker; pwd").await, format!("of {name}\n/workspace\n"));
+        if name == "bash" {
+            let seen = site.sh(&vm, "stat -c '%a %U %h' /bin/cat /etc/same; echo $BASH_VERSION").await;
+            assert!(seen.starts_with("4755 UNKNOWN 1\n644 UNKNOWN 2\n5"), "{seen}");
+        } else {
+            assert_eq!(site.sh(&vm, "touch mine; ls; id -u").await, "mine\n1000\n");
+            let refused = site.exec(&vm, "touch /bin/mine").await;
+            assert_ne!(refused.body["exitCode"], 0, "{} {refused:?}", stdout(&refused));
+        }
+        let refused = site.ask("DELETE", &image, None).await;
+        assert_eq!((refused.status, &refused.body["code"]), (409, &json!("in_use")), "{refused:?}");
+        site.delete(&vm).await;
+        assert_eq!(site.ask("DELETE", &image, None).await.status, 204);
+    }
+    site.is_tidy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_the_servers_end_cut_short_is_none_and_the_image_can_be_uploaded_again() {
+    let mut site = Site::start(&[ANY_DISK]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = busybox(folder.path());
+    let image = image(&site, "busybox").await;
+    let blobs = site.data.join("images/sha256");
+    let before = fs::read_dir(&blobs).unwrap().count();
+    for point in ["after_upload_begin", "after_upload_received", "after_upload_converted"] {
+        site.kill().await;
+        site.serve(Some(point)).await;
+        let cut = site.try_upload(&format!("{image}/rootfs"), bytes.clone()).await;
+        assert!(cut.is_err(), "{point}: {cut:?}");
+        site.ended().await;
+        site.serve(None).await;
+        let image = now(&site, &image).await;
+        assert_eq!((&image["status"], &image["hasRootfs"]), (&json!("failed"), &json!(false)), "{point}: {image}");
+        assert!(image["error"].as_str().unwrap().contains("upload it again"), "{point}: {image}");
+        assert!(!site.data.join("images/uploads").exists(), "{point}");
+    }
+    let uploaded = site.try_upload(&format!("{image}/rootfs"), bytes).await.unwrap();
+    assert_eq!(uploaded.status, 204, "{uploaded:?}");
+    assert_eq!(now(&site, &image).await["status"], "ready");
+    // The one that was made before the last end is the same, as it has the same bytes.
+    assert_eq!(fs::read_dir(&blobs).unwrap().count(), before + 1);
+
+    // A deletion that is cut short between the record and the blob is done; the sweep takes the blob once it is old.
+    site.kill().await;
+    site.serve(Some("after_image_delete")).await;
+    assert!(site.try_ask("DELETE", &image, None, None).await.is_err());
+    site.ended().await;
+    for blob in fs::read_dir(&blobs).unwrap().flatten().filter(|entry| !entry.path().is_symlink()) {
+        let old = std::time::SystemTime::now() - Duration::from_secs(86_400);
+        fs::File::open(blob.path()).unwrap().set_modified(old).unwrap();
+    }
+    site.serve(None).await;
+    assert_eq!(site.ask("GET", &image, None).await.status, 404);
+    assert_eq!(fs::read_dir(&blobs).unwrap().count(), before);
+}
+
+#[test]
+fn the_readers_process_reads_refuses_and_when_it_ends_badly_ends_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(folder.path()).unwrap();
+    let store = BlobStore::open(&dir.join("images")).unwrap();
+    let limits = Limits { entries: 1000, bytes: 1 << 30, leave_free_bytes: 1 << 20, time: Duration::from_secs(120) };
+    let confined = Converter::confined(env!("CARGO_BIN_EXE_tiffin"));
+    let upload = dir.join("upload");
+    let convert = |converter: &Converter, bytes: &[u8], limits: &Limits| {
+        fs::write(&upload, bytes).unwrap();
+        let done = converter.convert(&upload, &dir.join("work"), &store, limits, &mut |_| {});
+        assert!(!dir.join("work").exists());
+        done
+    };
+    let bytes = busybox(folder.path());
+    let converted = convert(&confined, &bytes, &limits).unwrap();
+    assert_eq!(converted.unpacked.entries, 10);
+    let again = convert(&Converter::in_process(), &bytes, &limits).unwrap();
+    assert_eq!(again.blob, converted.blob, "the process makes no difference");
+
+    let refused = convert(&confined, b"\x1f\x8b", &limits).unwrap_err();
+    assert!(matches!(&refused, ConvertError::Refused(why) if why.contains("gunzip")), "{refused:?}");
+    let refused = convert(&confined, &bytes, &Limits { entries: 5, ..limits.clone() }).unwrap_err();
+    assert!(matches!(&refused, ConvertError::Refused(why) if why.contains("more than 5 files")), "{refused:?}");
+    let ended = convert(&Converter::confined("/bin/false"), &bytes, &limits).unwrap_err();
+    assert!(matches!(&ended, ConvertError::Refused(why) if why.contains("its reader ended")), "{ended:?}");
+}
