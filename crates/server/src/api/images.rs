@@ -242,7 +242,8 @@ async fn update(
 ) -> Result<StatusCode, AppError> {
     let patience = app.config.http.body_timeout;
     // A missing type is let through: what comes is looked at anyway.
-    let body = RawBody::new(request, &[OCTETS, ""], ("the file itself", OCTETS), upload_limit(app, part), patience).await?;
+    let body =
+        RawBody::new(request, &[OCTETS, ""], ("the file itself", OCTETS), upload_limit(app, part), patience).await?;
     match image_upload_admit(app, caller, id, part, body.announced()).await {
         Ok(begun) => image_upload(app, begun, pieces(body)).await?,
         Err(error) => {
