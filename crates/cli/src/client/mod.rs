@@ -12,11 +12,11 @@ use reqwest::{
     header::{self, HeaderMap, HeaderValue},
 };
 use serde_json::Value;
+use tokio::io::AsyncReadExt;
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
     tungstenite::{self, client::IntoClientRequest},
 };
-use tokio::io::AsyncReadExt;
 use tokio_util::io::ReaderStream;
 
 use crate::{
@@ -123,7 +123,7 @@ impl Client {
             .header(header::CONTENT_LENGTH, bytes)
             .timeout(limit)
             .body(reqwest::Body::wrap_stream(pieces));
-        self.answer(request).await.map(drop)
+        self.answered(request).await.map(drop)
     }
 
     /// Any call, its answer as JSON; `Null` where the answer is empty.
@@ -182,10 +182,6 @@ impl Client {
     }
 
     async fn answered(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
-        self.answer(request).await
-    }
-
-    async fn answer(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
         let answer = request.send().await.map_err(|error| self.failure(&error))?;
         let status = answer.status();
         if status.is_success() {
