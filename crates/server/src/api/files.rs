@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 use axum::{
     Json,
     body::Body,
-    extract::{Request, State},
+    extract::{Extension, Request, State},
     http::{HeaderName, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -21,6 +21,7 @@ use utoipa::ToSchema;
 
 use super::{
     body::RawBody,
+    layer::RequestId,
     request::{Id, Parameters},
 };
 use crate::{
@@ -138,13 +139,14 @@ pub(crate) async fn files_download(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(id): Id<VmId>,
+    Extension(request_id): Extension<RequestId>,
     mut parameters: Parameters,
 ) -> Result<Response, AppError> {
     let path = path_parameter(&mut parameters)?;
     parameters.finish("path is")?;
     let download = files::files_download(&app, &caller, &id, &path).await?;
     let name = format!("{}.tar.gz", path.name());
-    Ok(streamed(download, ARCHIVE, &name))
+    Ok(streamed(download, ARCHIVE, &name, request_id))
 }
 
 /// Read a file of a VM
@@ -159,12 +161,13 @@ pub(crate) async fn file_get(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(id): Id<VmId>,
+    Extension(request_id): Extension<RequestId>,
     mut parameters: Parameters,
 ) -> Result<Response, AppError> {
     let path = file_parameter(&mut parameters)?;
     parameters.finish("path is")?;
     let download = files::file_get(&app, &caller, &id, &path).await?;
-    Ok(streamed(download, BYTES, path.name()))
+    Ok(streamed(download, BYTES, path.name(), request_id))
 }
 
 /// Write a file of a VM
@@ -205,13 +208,13 @@ fn file_parameter(parameters: &mut Parameters) -> Result<GuestPath, AppError> {
 }
 
 /// The bytes as they come. One that breaks off breaks the answer off too, so that no client takes it for whole.
-fn streamed(download: Download, kind: &'static str, name: &str) -> Response {
-    let pieces = stream::try_unfold(download, |mut download| async move {
+fn streamed(download: Download, kind: &'static str, name: &str, request_id: RequestId) -> Response {
+    let pieces = stream::try_unfold((download, request_id), |(mut download, id)| async move {
         match download.next().await {
-            Ok(Some(bytes)) => Ok(Some((bytes, download))),
+            Ok(Some(bytes)) => Ok(Some((bytes, (download, id)))),
             Ok(None) => Ok(None),
             Err(error) => {
-                log_cause(&error, "");
+                log_cause(&error, &id.0);
                 Err(io::Error::other(error.inside()))
             }
         }
