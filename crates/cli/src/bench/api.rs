@@ -148,6 +148,14 @@ impl Api {
         Ok(vms.as_array().into_iter().flatten().map(|vm| field(vm, "id")).collect())
     }
 
+    /// A metric's value (name and labels as they are shown); 0 where the server hasn't counted anything there yet.
+    pub(super) async fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let answer = self.client.send(Call::new(Method::GET, "/metrics")).await?;
+        let text = String::from_utf8(self.client.body(answer).await?).context("the server's metrics")?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(Ok(0.0), |value| value.parse().with_context(|| format!("the metric {name}")))
+    }
+
     /// The port that the server listens on.
     pub(super) fn port(&self) -> Option<u16> {
         self.client.port()
