@@ -33,6 +33,7 @@ if [[ ${1-} == test ]]; then
     need python3 python3
     need dnsmasq-base dnsmasq
     need busybox-static /bin/busybox
+    need jq jq
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 fi
 if ! "$ROOT/scripts/cargo" --version >/dev/null 2>&1; then
