@@ -121,10 +121,13 @@ fn megabytes_of_input_come_back_from_cat() {
 fn input_that_nobody_reads_neither_harms_nor_hangs() {
     let guest = Guest::boot();
     let mut host = guest.dial();
-    host.request(Op::Exec(Exec { stdin: true, ..shell("exec 0<&-; echo closed; sleep 0.3") }));
+    let go_on = format!("/tmp/tiffin-go-on-{}", std::process::id());
+    let wait = format!("exec 0<&-; echo closed; until [ -e {go_on} ]; do sleep 0.05; done");
+    host.request(Op::Exec(Exec { stdin: true, ..shell(&wait) }));
     for _ in 0..100 {
         host.send(Kind::Stdin, &[7; 60_000]);
     }
+    guest.shell(&format!("touch {go_on}"));
     assert_eq!(host.answer().text(), "closed");
     assert_eq!(guest.exec(argv(&["cat"])).stdout, b"", "without input it is empty");
 }
