@@ -90,7 +90,8 @@ enum Which {
 }
 
 impl Which {
-    const ALL: [Which; 6] = [Which::Tti, Which::Exec, Which::Snapshot, Which::Script, Which::Burst, Which::Density];
+    /// What is measured when nothing is chosen: all that wants a server without a pool.
+    const USUAL: [Which; 6] = [Which::Tti, Which::Exec, Which::Snapshot, Which::Script, Which::Burst, Which::Density];
 
     fn name(self) -> &'static str {
         match self {
