@@ -40,6 +40,7 @@ fn make() -> PrometheusHandle {
         "Creates that could have taken a VM that was booted ahead: hit, miss, or unfit (it was down)."
     );
     describe_gauge!("tiffin_pool_vms", "VMs that are booted ahead and ready.");
+    describe_counter!("tiffin_journal_lost_total", "Times that entries of the audit trail or of exec logs were lost.");
     describe_gauge!("tiffin_build_info", "Always 1; the version is in the label.");
     gauge!("tiffin_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     handle
@@ -102,4 +103,9 @@ pub(crate) fn vm_start(outcome: &'static str, took: Duration) {
 /// A VM's run ended.
 pub(crate) fn vm_end(reason: &'static str) {
     counter!("tiffin_vm_ends_total", "reason" => reason).increment(1);
+}
+
+/// Entries of the journal could not be written.
+pub(crate) fn journal_lost() {
+    counter!("tiffin_journal_lost_total").increment(1);
 }

@@ -22,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     api,
-    app::{App, images::Images},
+    app::{App, images::Images, journal::Entry},
     config::Config,
     error::{AppError, chain},
     fault, metrics,
@@ -32,6 +32,9 @@ use crate::{
 
 /// How long to leave a listener alone that can't accept (out of file descriptors).
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// How long writing down the last of what was done may take.
+const LAST_WRITES: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// The server could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +65,15 @@ pub async fn serve(
     }
     let images = Images::open(&config, converter)?;
     let app = App::new(config, engine, store, images, metrics::install(), shutdown.clone());
+    let (writers, stop_writing) = (TaskTracker::new(), CancellationToken::new());
+    let (writer, stop) = (Arc::clone(&app), stop_writing.clone());
+    writers.spawn(async move { writer.journal.write(&writer.store, writer.config.exec.logs_kept, stop).await });
+    let told = Arc::downgrade(&app);
+    app.store.watch_vms(move |vm| {
+        if let Some(app) = told.upgrade() {
+            app.journal.note(Entry::of_vm(vm));
+        }
+    });
     reconcile::settle_images(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
     reconcile::adopt_all(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
     reconcile::spawn_all(&app);
@@ -75,6 +87,12 @@ pub async fn serve(
     app.tasks.close();
     if tokio::time::timeout(app.config.http.shutdown_grace, app.tasks.wait()).await.is_err() {
         tracing::warn!(tasks = app.tasks.len(), "shutting down with work unfinished; the next start goes on with it");
+    }
+    // Last, so that it writes down what they did.
+    stop_writing.cancel();
+    writers.close();
+    if tokio::time::timeout(LAST_WRITES, writers.wait()).await.is_err() {
+        tracing::error!("the journal can't be finished; entries are lost");
     }
     tracing::info!("shut down; VMs run on");
     Ok(())

@@ -8,23 +8,30 @@
 //! It knows nothing of HTTP, engines or files, and doesn't judge keys: it keeps what the server decides.
 
 mod accounts;
+mod activity;
 mod api_keys;
 mod error;
+mod exec_logs;
 mod idempotency;
 mod images;
 mod open;
+mod overview;
 mod quota;
 mod row;
 mod sessions;
 mod snapshots;
 mod users;
 mod vms;
+mod watch;
 
 pub use accounts::{Account, NewAdminKey};
+pub use activity::{Activity, Performer, PerformerKind};
 pub use api_keys::{ApiKey, NewApiKey};
 pub use error::StoreError;
+pub use exec_logs::{ExecKind, ExecLog, ExecOutcome};
 pub use idempotency::Idempotency;
 pub use images::{Image, ImageDeleted, ImageQuota, NewImage, Upload, Uploaded};
+pub use overview::Figures;
 pub use quota::QuotaExceeded;
 pub use sessions::Session;
 pub use snapshots::{Forked, NewFork, NewSnapshot, Snapshot, SnapshotInserted};
@@ -35,4 +42,5 @@ pub use vms::{Change, Desired, Inserted, NewVm, Reserve, Vm};
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: sqlx::AnyPool,
+    watch: watch::Watch,
 }

@@ -69,7 +69,7 @@ impl Store {
             .connect_with(options)
             .await?;
         MIGRATIONS.run(&pool).await.map_err(StoreError::unavailable)?;
-        Ok(Store { pool })
+        Ok(Store { pool, watch: crate::watch::Watch::default() })
     }
 
     /// Whether the database answers, within 10 s.

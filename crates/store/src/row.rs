@@ -43,6 +43,14 @@ impl<'r> Fields<'r> {
         T::try_from(value).map_err(|_| self.corrupt(column, format_args!("{value} is out of range")))
     }
 
+    /// The same, where there may be none.
+    pub(crate) fn number_if_any<T: TryFrom<i64>>(&self, column: &str) -> Result<Option<T>, StoreError> {
+        let value: Option<i64> = self.row.try_get(column).map_err(|error| self.corrupt(column, error))?;
+        let read =
+            |value| T::try_from(value).map_err(|_| self.corrupt(column, format_args!("{value} is out of range")));
+        value.map(read).transpose()
+    }
+
     pub(crate) fn time(&self, column: &str) -> Result<Timestamp, StoreError> {
         self.number(column).map(Timestamp::from_millis)
     }

@@ -91,10 +91,6 @@ text_id!(
     UserId, "a user id: user- and 14 hexadecimal digits", "user-", |rest| is_hex(rest, 14)
 );
 text_id!(
-    /// A webhook: `hook-` and 14 lower-case hexadecimal digits.
-    WebhookId, "a webhook id: hook- and 14 hexadecimal digits", "hook-", |rest| is_hex(rest, 14)
-);
-text_id!(
     /// The SHA-256 of a blob's bytes: `sha256:` and 64 lower-case hexadecimal digits, as OCI writes digests.
     Digest, "a digest: sha256: and 64 hexadecimal digits", "sha256:", |rest| is_hex(rest, 64)
 );
@@ -110,7 +106,7 @@ macro_rules! random_id {
         }
     )*};
 }
-random_id!(VmId: "vm-", SnapshotId: "snap-", AccountId: "acc-", ApiKeyId: "key-", UserId: "user-", WebhookId: "hook-");
+random_id!(VmId: "vm-", SnapshotId: "snap-", AccountId: "acc-", ApiKeyId: "key-", UserId: "user-");
 
 impl VmId {
     /// The 14 hexadecimal digits without the prefix: what host objects (cgroups, interfaces) are named after.

@@ -1,4 +1,4 @@
-//! What stands before every operation of the API: who calls, from which page, and how often.
+//! What stands before every operation of the API: who calls, from which page, how often; and what is noted of it.
 //!
 //! Invariant: it knows operations by the OpenAPI document alone, by route and method, so that none can be added without
 //! passing here. Handlers take the [`Caller`] that it has found.
@@ -7,13 +7,17 @@ use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     extract::{FromRequestParts, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use utoipa::openapi::OpenApi;
 
-use super::sessions::{Origin, origin};
+use super::{
+    audit::Audit,
+    layer::RequestId,
+    sessions::{Origin, origin, token},
+};
 use crate::{
     app::{
         App,
@@ -29,7 +33,9 @@ const RESET: HeaderName = HeaderName::from_static("ratelimit-reset");
 
 /// What is known of an operation.
 #[derive(Debug)]
-struct Operation {
+pub(super) struct Operation {
+    /// Its id in the document, by which the audit trail knows it.
+    pub(super) id: String,
     /// Whether it needs a caller.
     guarded: bool,
     /// Whether it changes something.
@@ -38,6 +44,8 @@ struct Operation {
     /// Whether its answer begins within the time that any operation may take; what runs in VMs or brings them up has
     /// limits of its own.
     is_quick: bool,
+    /// Whether its entry in the audit trail is written before the answer is given.
+    pub(super) is_durable: bool,
 }
 
 /// Every operation, by route and method.
@@ -58,8 +66,11 @@ impl Gate {
                 (Method::PATCH, &item.patch),
                 (Method::DELETE, &item.delete),
             ];
-            for (method, _) in methods.into_iter().filter(|(_, operation)| operation.is_some()) {
-                operations.insert((route.clone(), method.clone()), Operation::new(route, &method));
+            for (method, described) in methods {
+                let Some(id) = described.as_ref().and_then(|described| described.operation_id.clone()) else {
+                    continue;
+                };
+                operations.insert((route.clone(), method.clone()), Operation::new(id, route, &method));
             }
         }
         Self { app, operations }
@@ -73,11 +84,12 @@ impl Gate {
 }
 
 impl Operation {
-    fn new(route: &str, method: &Method) -> Self {
+    fn new(id: String, route: &str, method: &Method) -> Self {
         let limited = limited(method, route);
         let is_quick = limited.is_none()
             && (*method == Method::GET || route.starts_with("/v1/admin/") || route.starts_with("/auth/"));
-        Self { guarded: is_guarded(route), unsafe_: *method != Method::GET, limited, is_quick }
+        let is_durable = route.starts_with("/v1/admin/") || route.starts_with("/auth/");
+        Self { id, guarded: is_guarded(route), unsafe_: *method != Method::GET, limited, is_quick, is_durable }
     }
 }
 
@@ -99,29 +111,58 @@ fn limited(method: &Method, route: &str) -> Option<Limited> {
     }
 }
 
-/// Lets a request through, or not.
+/// Lets a request through, or not, and notes what it did.
 pub(super) async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     // Pages, unknown routes and methods are answered without knowing who asks.
     let Some(operation) = gate.operation(&request) else { return next.run(request).await };
-    if !operation.guarded {
-        // Another site's page must not log anybody in or out either.
-        let foreign = operation.unsafe_ && origin(request.headers()) == Origin::Foreign;
-        return if foreign { AppError::Csrf.into_response() } else { run(&gate.app, operation, request, next).await };
-    }
     let (mut parts, body) = request.into_parts();
-    let caller = match Caller::from_request_parts(&mut parts, &gate.app).await {
+    let caller = match find_caller(&gate.app, operation, &mut parts).await {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
-    if let Err(error) = same_origin(operation, &caller, &parts.headers) {
-        return error.into_response();
+    let audit = if operation.unsafe_ {
+        Some(Audit::begin(&gate.app, operation, caller.as_ref(), &mut parts).await)
+    } else {
+        None
+    };
+    let mut response = match same_origin(operation, caller.as_ref(), &parts.headers) {
+        Ok(()) => admitted(&gate.app, operation, caller, Request::from_parts(parts, body), next).await,
+        Err(error) => error.into_response(),
+    };
+    if let Some(audit) = audit {
+        response = audit.end(response).await;
     }
-    let standing = operation.limited.and_then(|what| Some((what, gate.app.rates.take(what, caller.actor.id())?)));
-    parts.extensions.insert(caller);
-    let request = Request::from_parts(parts, body);
+    response
+}
+
+/// Who calls. Where nobody needs to be known, a session is told if there is one.
+async fn find_caller(app: &Arc<App>, operation: &Operation, parts: &mut Parts) -> Result<Option<Caller>, AppError> {
+    if !operation.guarded && (!operation.unsafe_ || token(&parts.headers).is_none()) {
+        return Ok(None);
+    }
+    let mut caller = match Caller::from_request_parts(parts, app).await {
+        Ok(caller) => caller,
+        Err(_) if !operation.guarded => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    caller.request_id = parts.extensions.get::<RequestId>().map(|id| id.0.as_str().into());
+    Ok(Some(caller))
+}
+
+/// Runs an operation for a caller, if not too often.
+async fn admitted(
+    app: &App,
+    operation: &Operation,
+    caller: Option<Caller>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let Some(caller) = caller else { return run(app, operation, request, next).await };
+    let standing = operation.limited.and_then(|what| Some((what, app.rates.take(what, caller.actor.id())?)));
+    request.extensions_mut().insert(caller);
     let mut response = match standing {
         Some((what, standing)) if !standing.allowed => standing.refusal(what.name()).into_response(),
-        Some(_) | None => run(&gate.app, operation, request, next).await,
+        Some(_) | None => run(app, operation, request, next).await,
     };
     if let Some((_, standing)) = standing {
         tell(standing, response.headers_mut());
@@ -130,13 +171,17 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: 
 }
 
 /// A browser sends its cookie with whatever any page makes it send: what changes something, or opens a terminal, must say
-/// that it comes from a page of this server. Keys are sent by nobody unknowingly.
-fn same_origin(operation: &Operation, caller: &Caller, headers: &HeaderMap) -> Result<(), AppError> {
-    let guarded = operation.unsafe_ || headers.contains_key(header::UPGRADE);
-    match caller.actor {
-        Actor::User { .. } if guarded && origin(headers) != Origin::Own => Err(AppError::Csrf),
-        Actor::User { .. } | Actor::Key { .. } => Ok(()),
-    }
+/// that it comes from a page of this server. Keys are sent by nobody unknowingly. Nor must another site's page log
+/// anybody in or out.
+fn same_origin(operation: &Operation, caller: Option<&Caller>, headers: &HeaderMap) -> Result<(), AppError> {
+    let origin = origin(headers);
+    let changes = operation.unsafe_ || headers.contains_key(header::UPGRADE);
+    let refused = match caller.map(|caller| &caller.actor) {
+        Some(Actor::Key { .. }) => false,
+        Some(Actor::User { .. }) if operation.guarded => changes && origin != Origin::Own,
+        Some(Actor::User { .. }) | None => operation.unsafe_ && origin == Origin::Foreign,
+    };
+    if refused { Err(AppError::Csrf) } else { Ok(()) }
 }
 
 async fn run(app: &App, operation: &Operation, request: Request, next: Next) -> Response {

@@ -1,16 +1,21 @@
 //! HTTP: thin handlers (extract, one call of the application, wrap) and what surrounds them.
 
 mod accounts;
+mod activity;
 mod api_keys;
+mod audit;
 mod body;
 mod docs;
+mod events;
 mod exec;
+mod exec_logs;
 mod files;
 mod gate;
 mod health;
 mod images;
 mod layer;
 mod openapi;
+mod overview;
 mod request;
 mod router;
 mod scripts;

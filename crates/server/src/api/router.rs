@@ -8,8 +8,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
-    accounts, api_keys, docs, exec, files, gate, health, images, layer, openapi, scripts, sessions, snapshots,
-    terminal, vm_logs, vms,
+    accounts, activity, api_keys, docs, events, exec, exec_logs, files, gate, health, images, layer, openapi, overview,
+    scripts, sessions, snapshots, terminal, vm_logs, vms,
 };
 use crate::{app::App, error::AppError};
 
@@ -45,6 +45,10 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(accounts::account_get, accounts::account_update))
         .routes(routes!(api_keys::api_key_create, api_keys::api_key_list))
         .routes(routes!(api_keys::api_key_revoke))
+        .routes(routes!(exec_logs::exec_log_list))
+        .routes(routes!(overview::overview_get))
+        .routes(routes!(activity::activity_list))
+        .routes(routes!(events::event_list))
         .routes(routes!(sessions::session_create))
         .routes(routes!(sessions::session_delete))
         .routes(routes!(sessions::session_get))

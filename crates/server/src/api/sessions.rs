@@ -13,6 +13,7 @@ use tiffin_types::account::Scope;
 use utoipa::ToSchema;
 
 use super::{
+    audit::LoggedInAs,
     body::{JsonObject, text},
     request::Peer,
 };
@@ -75,7 +76,8 @@ pub(crate) async fn session_create(
     let (email, password) = fields.finish_with(email.zip(password), "email and password are")?;
     let session = sessions::session_create(&app, &email, password, Some(peer)).await?;
     let cookie = cookie(&session.token, session.lasts.as_secs(), is_secure(&app, &headers));
-    Ok(([(header::SET_COOKIE, cookie)], Json(LoggedIn { email: session.email })).into_response())
+    let who = Extension(LoggedInAs(session.caller));
+    Ok((who, [(header::SET_COOKIE, cookie)], Json(LoggedIn { email: session.email })).into_response())
 }
 
 /// Log out

@@ -3,7 +3,7 @@
 //! Invariant: a secret is compared in constant time and by its hash only, also where no key has that prefix; whether a
 //! key is expired or revoked is told only to who holds its secret.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -34,12 +34,13 @@ pub(crate) struct Caller {
     pub(crate) account_id: AccountId,
     /// By what it is known.
     pub(crate) actor: Actor,
+    /// The request's id, for what is written down of it.
+    pub(crate) request_id: Option<Arc<str>>,
     scopes: Vec<Scope>,
 }
 
 /// By what a caller is known.
 #[derive(Debug, Clone)]
-#[allow(dead_code, reason = "for the audit trail")]
 pub(crate) enum Actor {
     /// An API key that is valid.
     Key {
@@ -71,7 +72,7 @@ impl Actor {
 
 impl Caller {
     pub(super) fn new(account_id: AccountId, actor: Actor, scopes: Vec<Scope>) -> Self {
-        Self { account_id, actor, scopes }
+        Self { account_id, actor, request_id: None, scopes }
     }
 
     /// What it may do.

@@ -11,11 +11,13 @@ use std::{
 
 use tiffin_engine::agent::{self, ExecItem, ExecStream};
 use tiffin_protocol::{Command, Exec, ExecDone, Outcome};
+use tiffin_store::ExecKind;
 use tiffin_types::{account::Scope, id::VmId, limits::EXEC_OUTPUT_BYTES};
 
 use super::{
     App,
     auth::Caller,
+    exec_logs::RunNote,
     guest::{GUEST_USER, Guest, SLACK, reach},
     scripts,
 };
@@ -44,6 +46,7 @@ pub(crate) struct Running {
     stream: ExecStream,
     began: Instant,
     deadline: tokio::time::Instant,
+    note: RunNote,
 }
 
 /// Starts a command.
@@ -57,6 +60,7 @@ pub(crate) async fn exec_start(
     let began = Instant::now();
     let (guest, connection, token) = reach(app, caller, id).await?;
     let timeout_ms = request.timeout_ms;
+    let mut note = RunNote::begin(app, caller, id, ExecKind::Exec, &request.cmd);
     let exec = Exec {
         command: Command::Shell(request.cmd),
         cwd: request.cwd,
@@ -69,15 +73,15 @@ pub(crate) async fn exec_start(
         stdin: false,
         terminal: None,
     };
-    let stream = guest.begin(agent::exec(connection, &token, exec)).await?;
-    Ok(Running::new(guest, stream, began, timeout_ms))
+    let stream = note.started(guest.begin(agent::exec(connection, &token, exec)).await)?;
+    Ok(Running::new(guest, note, stream, began, timeout_ms))
 }
 
 impl Running {
     /// What began at that moment and may take so long in the guest.
-    pub(super) fn new(guest: Guest, stream: ExecStream, began: Instant, timeout_ms: u64) -> Self {
+    pub(super) fn new(guest: Guest, note: RunNote, stream: ExecStream, began: Instant, timeout_ms: u64) -> Self {
         let deadline = tokio::time::Instant::now() + Duration::from_millis(timeout_ms) + SLACK;
-        Self { guest, stream, began, deadline }
+        Self { guest, stream, began, deadline, note }
     }
 
     /// The next piece of output, or the end, after which nothing may be asked but the outcome.
@@ -85,12 +89,20 @@ impl Running {
         match tokio::time::timeout_at(self.deadline, self.stream.next()).await {
             Ok(Ok(item)) => {
                 if let ExecItem::Done(done) = &item {
+                    let truncated = done.stdout_truncated || done.stderr_truncated;
+                    self.note.ended(done.exit_code, done.timed_out, truncated);
                     metrics::exec(self.began.elapsed(), Duration::from_micros(done.duration_us));
                 }
                 Ok(item)
             }
-            Ok(Err(error)) => Err(self.guest.failure(error).await),
-            Err(_) => Err(AppError::AgentTimeout),
+            Ok(Err(error)) => {
+                self.note.failed();
+                Err(self.guest.failure(error).await)
+            }
+            Err(_) => {
+                self.note.failed();
+                Err(AppError::AgentTimeout)
+            }
         }
     }
 

@@ -4,13 +4,17 @@
 //! a task of its own ([`App::run`]), so that a client who hangs up leaves nothing half done.
 
 pub(crate) mod accounts;
+pub(crate) mod activity;
 pub(crate) mod api_keys;
 pub(crate) mod auth;
 pub(crate) mod exec;
+pub(crate) mod exec_logs;
 pub(crate) mod files;
 mod guest;
 pub(crate) mod health;
 pub(crate) mod images;
+pub(crate) mod journal;
+pub(crate) mod overview;
 pub(crate) mod passwords;
 mod places;
 pub(crate) mod pool;
@@ -22,15 +26,18 @@ pub(crate) mod terminal;
 pub(crate) mod uploads;
 pub(crate) mod vms;
 
-use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex};
+use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex, time::Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use tiffin_engine::Engine;
 use tiffin_store::Store;
 use tiffin_types::id::{SnapshotId, VmId};
+use tiffin_types::time::Timestamp;
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{config::Config, error::AppError};
+use journal::Journal;
 use passwords::Passwords;
 use places::{Commands, Locks, Places};
 use rates::Rates;
@@ -53,6 +60,13 @@ pub(crate) struct App {
     pub(crate) snapshot_locks: Locks<SnapshotId>,
     /// Bounds how often a caller may do what is costly.
     pub(crate) rates: Rates,
+    /// What is written down of all this.
+    pub(crate) journal: Journal,
+    /// Bounds how many watch the journal at once.
+    watchers: Arc<Semaphore>,
+    /// When the server began, by the clock and for spans.
+    pub(crate) started_at: Timestamp,
+    pub(crate) began: Instant,
     /// Compares passwords, a few at once.
     passwords: Passwords,
     /// VMs that are up before anybody asks for them.
@@ -76,6 +90,10 @@ impl App {
         shutdown: CancellationToken,
     ) -> Arc<Self> {
         Arc::new(Self {
+            journal: Journal::default(),
+            watchers: Arc::new(Semaphore::new(config.limits.event_streams)),
+            started_at: Timestamp::now(),
+            began: Instant::now(),
             passwords: Passwords::default(),
             rates: Rates::new(&config.rate),
             pool: pool::Pool::new(config.pool.clone()),

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use serde_json::Value;
 use tiffin_engine::agent;
 use tiffin_protocol::{Outcome, Runtime, Script, Source};
+use tiffin_store::ExecKind;
 use tiffin_types::{
     account::Scope,
     id::VmId,
@@ -18,6 +19,7 @@ use super::{
     App,
     auth::Caller,
     exec::Running,
+    exec_logs::RunNote,
     guest::{GUEST_USER, reach},
 };
 use crate::error::AppError;
@@ -51,6 +53,15 @@ pub(crate) async fn script_start(
     let began = Instant::now();
     let (guest, connection, token) = reach(app, caller, id).await?;
     let timeout_ms = request.timeout_ms;
+    let kind = match request.runtime {
+        Runtime::Deno => ExecKind::RunTs,
+        Runtime::Node => ExecKind::RunJs,
+    };
+    let shown = match &request.program {
+        ScriptProgram::Code(code) => code.as_str(),
+        ScriptProgram::Path(path) => path.as_str(),
+    };
+    let mut note = RunNote::begin(app, caller, id, kind, shown);
     let (source, code) = match request.program {
         ScriptProgram::Code(code) => (Source::Inline, code.into_bytes()),
         ScriptProgram::Path(path) => (Source::Path(path.to_string()), Vec::new()),
@@ -69,8 +80,8 @@ pub(crate) async fn script_start(
         stderr_cap: EXEC_OUTPUT_BYTES as u64,
         result_cap: SCRIPT_RESULT_BYTES as u64,
     };
-    let stream = guest.begin(agent::script(connection, &token, script, code)).await?;
-    Ok(Running::new(guest, stream, began, timeout_ms))
+    let stream = note.started(guest.begin(agent::script(connection, &token, script, code)).await)?;
+    Ok(Running::new(guest, note, stream, began, timeout_ms))
 }
 
 /// The outcome in what the guest sent. What can't be read (broken, nested over 128 deep, numbers that are none) is

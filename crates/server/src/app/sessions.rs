@@ -7,7 +7,7 @@
 use std::{net::IpAddr, time::Duration};
 
 use sha2::{Digest, Sha256};
-use tiffin_store::{Session, Store, StoreError};
+use tiffin_store::{Session, Store, StoreError, User};
 use tiffin_types::{account::Scope, limits::EMAIL_BYTES, time::Timestamp};
 
 use super::{
@@ -28,6 +28,8 @@ pub(crate) struct FreshSession {
     /// What the browser sends from now on.
     pub(crate) token: String,
     /// Whose it is.
+    pub(crate) caller: Caller,
+    /// Their email.
     pub(crate) email: String,
     /// How long it may last.
     pub(crate) lasts: Duration,
@@ -54,7 +56,8 @@ pub(crate) async fn session_create(
         return Err(WRONG);
     }
     tracing::info!(user_id = %user.id, "user {} logged in", user.id);
-    Ok(FreshSession { token, email: user.email, lasts })
+    let email = user.email.clone();
+    Ok(FreshSession { caller: caller_of(user, hash_of(&token)), token, email, lasts })
 }
 
 /// Ends a session, if there is one.
@@ -73,12 +76,14 @@ pub(crate) async fn by_session(app: &App, token: &str) -> Result<Caller, AppErro
     let session = app.store.session_get(sha256).await?.filter(|session| is_alive(session, now, &app.config.session));
     let Some(session) = session else { return Err(ENDED) };
     note_use(app, sha256, &session, now).await;
-    let user = session.user;
-    let actor = Actor::User { id: user.id, email: user.email, session_sha256: sha256 };
-    Ok(Caller::new(user.account_id, actor, user.scopes))
+    Ok(caller_of(session.user, sha256))
 }
 
-#[allow(dead_code, reason = "for streams of events")]
+fn caller_of(user: User, session_sha256: [u8; 32]) -> Caller {
+    let actor = Actor::User { id: user.id, email: user.email, session_sha256 };
+    Caller::new(user.account_id, actor, user.scopes)
+}
+
 /// Whether a session that was good is so still.
 pub(super) async fn is_still_good(app: &App, sha256: [u8; 32]) -> Result<bool, AppError> {
     let session = app.store.session_get(sha256).await?;
@@ -178,7 +183,6 @@ async fn hashed(password: String) -> Result<String, PasswordError> {
 
 #[cfg(test)]
 mod tests {
-    use tiffin_store::User;
     use tiffin_types::id::{AccountId, UserId};
 
     use super::*;

@@ -188,6 +188,18 @@ pub const KEYS: &[Key] = &[
         Allowed::Integer(50, 600_000),
         "How often a terminal's client is asked whether it is there; it is cut off when it has left two such questions unanswered.",
     ),
+    Key::new(
+        "exec.log_commands",
+        "false",
+        SWITCH,
+        "Whether exec logs show commands' first 1024 bytes. They may hold secrets, and are in the database then.",
+    ),
+    Key::new(
+        "exec.logs_kept",
+        "1000",
+        Allowed::Integer(1, 100_000),
+        "Runs that are remembered of each VM; older ones are forgotten.",
+    ),
     Key::new("vm.start_timeout_ms", "60000", Allowed::Integer(1000, 600_000), "How long a VM may take to come up."),
     Key::new(
         "vm.stop_grace_ms",
@@ -244,6 +256,24 @@ pub const KEYS: &[Key] = &[
         "100",
         Allowed::Integer(0, 1_000_000),
         "Snapshots that one account may have. Each counts for the disk of its quota too.",
+    ),
+    Key::new(
+        "limits.event_streams",
+        "16",
+        Allowed::Integer(1, 1024),
+        "Streams of events (`/v1/admin/events`) open at once.",
+    ),
+    Key::new(
+        "activity.kept_days",
+        "90",
+        Allowed::Integer(1, 36_500),
+        "How long the activity and exec logs are remembered, in days.",
+    ),
+    Key::new(
+        "activity.kept_entries",
+        "100000",
+        Allowed::Integer(100, 100_000_000),
+        "Entries of the activity that are remembered; older ones are forgotten.",
     ),
     Key::new(
         "rate.vm_create_per_min",

@@ -58,6 +58,8 @@ pub struct Config {
     pub quota: Quota,
     /// How often one caller may do what is costly.
     pub rate: RateConfig,
+    /// The audit trail.
+    pub activity: ActivityConfig,
     /// Sessions.
     pub session: SessionConfig,
     /// What the first administrator logs in with.
@@ -116,6 +118,10 @@ pub struct ExecConfig {
     pub max_timeout_ms: u64,
     /// Commands at once in one VM.
     pub max_concurrent: usize,
+    /// Whether logs of runs show the beginning of the command.
+    pub log_commands: bool,
+    /// Runs remembered of each VM.
+    pub logs_kept: u32,
 }
 
 /// Files of VMs.
@@ -170,6 +176,8 @@ pub struct LimitsConfig {
     pub creates_queued: usize,
     /// How long they wait.
     pub create_wait: Duration,
+    /// Streams of events at once.
+    pub event_streams: usize,
     /// Snapshots of one account.
     pub snapshots_per_account: u32,
 }
@@ -193,6 +201,15 @@ pub struct RateConfig {
     pub login: u32,
     /// Attempts to log in from one address.
     pub login_address: u32,
+}
+
+/// The audit trail.
+#[derive(Debug, Clone)]
+pub struct ActivityConfig {
+    /// How long entries are remembered.
+    pub kept: Duration,
+    /// How many are.
+    pub entries: u64,
 }
 
 /// Sessions.
@@ -311,6 +328,8 @@ impl Config {
             exec: ExecConfig {
                 max_timeout_ms: values.integer("exec.max_timeout_ms")?,
                 max_concurrent: values.count("exec.max_concurrent")?,
+                log_commands: values.one_of("exec.log_commands")? == "true",
+                logs_kept: values.small("exec.logs_kept")?,
             },
             files: FilesConfig {
                 upload_bytes: values.integer("files.upload_bytes")?,
@@ -336,6 +355,7 @@ impl Config {
                 creates_in_flight: values.count("limits.creates_in_flight")?,
                 creates_queued: values.count("limits.creates_queued")?,
                 create_wait: values.millis("limits.create_wait_ms")?,
+                event_streams: values.count("limits.event_streams")?,
                 snapshots_per_account: values.small("limits.snapshots_per_account")?,
             },
             pool: PoolConfig {
@@ -360,6 +380,10 @@ impl Config {
                 auth_failures: values.small("rate.auth_failures_per_min")?,
                 login: values.small("rate.login_per_min")?,
                 login_address: values.small("rate.login_address_per_min")?,
+            },
+            activity: ActivityConfig {
+                kept: Duration::from_secs(values.integer("activity.kept_days")? * 24 * 3600),
+                entries: values.integer("activity.kept_entries")?,
             },
             session: SessionConfig {
                 idle: Duration::from_secs(values.integer("session.idle_s")?),

@@ -12,7 +12,7 @@ use crate::{
     error::chain,
 };
 
-/// Between two prunings of idempotency keys, sessions and blobs.
+/// Between two prunings of what is remembered for a time only, and of blobs.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 /// How long an idempotency key is remembered.
 const KEYS_KEPT_MS: i64 = 24 * 3600 * 1000;
@@ -71,6 +71,11 @@ async fn prune(app: Arc<App>) {
         Ok(0) => {}
         Ok(keys) => tracing::debug!(keys, "old idempotency keys forgotten"),
         Err(error) => tracing::error!(error = chain(&error), "idempotency keys can't be pruned now"),
+    }
+    let kept = i64::try_from(app.config.activity.kept.as_millis()).unwrap_or(i64::MAX);
+    let since = Timestamp::now().plus_millis(-kept);
+    if let Err(error) = app.store.journal_prune(since, app.config.activity.entries).await {
+        tracing::error!(error = chain(&error), "the activity can't be pruned now");
     }
     if let Err(error) = sessions::prune(&app).await {
         tracing::error!(error = chain(&error), "sessions can't be pruned now");

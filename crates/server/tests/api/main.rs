@@ -3,14 +3,17 @@
 //! Every case runs twice: `tests/api_pool` is a link to this folder, where the server has VMs booted ahead.
 
 mod accounts;
+mod activity;
 mod api_keys;
 mod exec;
+mod exec_logs;
 mod files;
 mod harness;
 mod http;
 mod images;
 mod logs;
 mod openapi;
+mod overview;
 mod pool;
 mod rates;
 mod reconcile;

@@ -8,13 +8,13 @@ use crate::harness::{Reply, Server, send};
 
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/openapi.json");
 
-struct Operation {
-    method: Method,
-    path: String,
-    spec: Value,
+pub(crate) struct Operation {
+    pub(crate) method: Method,
+    pub(crate) path: String,
+    pub(crate) spec: Value,
 }
 
-fn operations(document: &Value) -> Vec<Operation> {
+pub(crate) fn operations(document: &Value) -> Vec<Operation> {
     let mut operations = Vec::new();
     for (path, item) in document["paths"].as_object().expect("paths") {
         for (method, spec) in item.as_object().expect("operations") {
@@ -25,12 +25,12 @@ fn operations(document: &Value) -> Vec<Operation> {
     operations
 }
 
-fn document() -> Result<Value> {
+pub(crate) fn document() -> Result<Value> {
     Ok(serde_json::to_value(tiffin_server::openapi_document())?)
 }
 
 /// A well-formed id that names nothing.
-fn unknown_id(path: &str) -> String {
+pub(crate) fn unknown_id(path: &str) -> String {
     let id = match path {
         _ if path.starts_with("/v1/vms/") => "vm-00000000000000",
         _ if path.starts_with("/v1/snapshots/") => "snap-00000000000000",
@@ -57,7 +57,7 @@ fn body_type(operation: &Operation) -> Option<String> {
 }
 
 /// A body that the operation takes.
-fn good_body(id: &str) -> Value {
+pub(crate) fn good_body(id: &str) -> Value {
     match id {
         "vm_create" => crate::harness::small_vm(),
         "vm_fork" => json!({ "count": 1 }),

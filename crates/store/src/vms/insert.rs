@@ -44,7 +44,13 @@ impl Store {
         let mut tx = self.pool.begin().await?;
         let inserted = insert_checked(new, state, quota, idempotency, &mut tx).await?;
         match inserted {
-            Inserted::New(_) => tx.commit().await?,
+            Inserted::New(ref vm) => {
+                tx.commit().await?;
+                // One that was booted ahead is RUNNING from the beginning.
+                if vm.state != VmState::Created {
+                    self.watch.tell(vm);
+                }
+            }
             Inserted::Replay(_) | Inserted::KeyReused | Inserted::OverQuota(_) => tx.rollback().await?,
         }
         Ok(inserted)

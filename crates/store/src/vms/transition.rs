@@ -24,7 +24,9 @@ impl Store {
         event: VmEvent,
         change: Change,
     ) -> Result<Option<Vm>, StoreError> {
-        transition(id, from, event, &change, &self.pool).await
+        let moved = transition(id, from, event, &change, &self.pool).await?;
+        moved.iter().for_each(|vm| self.watch.tell(vm));
+        Ok(moved)
     }
 
     /// Takes a VM from `from` to STARTING, desired to be running and its last end forgotten, if its vCPUs and memory fit
@@ -41,6 +43,7 @@ impl Store {
         match quota::check_start(quota, &used, &vm.size) {
             Ok(()) => {
                 tx.commit().await?;
+                self.watch.tell(&vm);
                 Ok(Reserve::Reserved(vm))
             }
             Err(exceeded) => {

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a failing test is what a panic is for")]
 
 mod accounts;
+mod activity;
 mod api_keys;
 mod fixtures;
 mod idempotency;
@@ -63,6 +64,12 @@ cases! {
         last_use_only_moves_forward,
         keys_are_listed_by_account,
         a_corrupt_key_is_an_error_that_does_not_show_the_hash,
+    }
+    activity {
+        entries_read_back_newest_first_and_in_pages,
+        old_entries_are_forgotten_by_age_and_by_number,
+        runs_are_kept_by_vm_the_newest_of_them,
+        every_change_of_a_vm_is_told_and_the_figures_count_it,
     }
     users {
         the_first_user_is_the_oldest_accounts_and_made_once_however_many_race,

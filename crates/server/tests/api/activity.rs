@@ -1,0 +1,256 @@
+//! `/v1/admin/activity` and `/v1/admin/events`: what was done, by whom, and what became of VMs.
+
+use anyhow::{Context, Result};
+use reqwest::Method;
+use serde_json::{Value, json};
+use tiffin_engine::fake::Script;
+use tiffin_types::vm::{EndReason, EndReport};
+
+use crate::{
+    harness::{Server, id_of, send, small_vm, until},
+    openapi::{document, good_body, operations, unknown_id},
+};
+
+async fn entries(server: &Server) -> Result<Vec<Value>> {
+    let list = server.get("/v1/admin/activity?limit=1000").await?.ok(200);
+    Ok(list.as_array().context("a list")?.clone())
+}
+
+/// Waits for an entry, as commands are written down after they are answered.
+async fn entry(server: &Server, what: &str, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
+    let mut found = None;
+    until(what, async || {
+        found = entries(server).await?.into_iter().find(|entry| is_it(entry));
+        Ok(found.is_some())
+    })
+    .await?;
+    found.context("it was found")
+}
+
+#[tokio::test]
+async fn every_operation_that_changes_something_leaves_an_entry() -> Result<()> {
+    let server = Server::start().await?;
+    let reader = server.other_key("reader", &["read"]).await?;
+    let (mut seen, before) = (0, entries(&server).await?.len());
+    for operation in operations(&document()?).iter().filter(|operation| operation.method != Method::GET) {
+        let id = operation.spec["operationId"].as_str().context("an id")?;
+        let path = if operation.path.contains('{') { unknown_id(&operation.path) } else { operation.path.clone() };
+        let parameters = operation.spec["parameters"].as_array().cloned().unwrap_or_default();
+        let needed = parameters.iter().filter(|one| one["in"] == "query" && one["required"] == true);
+        let query: Vec<_> = needed.map(|one| (one["name"].as_str().unwrap_or(""), "/workspace/x")).collect();
+        let mut request =
+            server.client.request(operation.method.clone(), format!("{}{path}", server.url)).query(&query);
+        request = request.header("X-API-Key", &reader).header("x-request-id", format!("walk-{id}"));
+        let bodies = operation.spec["requestBody"]["content"].as_object();
+        match bodies.and_then(|bodies| bodies.keys().next()) {
+            Some(kind) if kind == "application/json" => request = request.json(&good_body(id)),
+            Some(kind) => request = request.header("Content-Type", kind).body("x"),
+            None => {}
+        }
+        let status = send(request).await?.status.as_u16();
+        let by_nobody = operation.path.starts_with("/auth/");
+        assert!(status == 403 || by_nobody, "{id}: whoever may only read gets {status}");
+        let entry = entry(&server, id, |entry| entry["requestId"] == format!("walk-{id}")).await?;
+        assert_eq!((&entry["event"], &entry["status"]), (&json!(id), &json!(status)));
+        assert_eq!(entry["actor"]["type"], if by_nobody { "anonymous" } else { "key" }, "{entry}");
+        if operation.path.contains("{id}") {
+            assert!(path.contains(entry["target"].as_str().context("a target")?), "{entry}");
+        }
+        seen += 1;
+    }
+    assert!(seen >= 14, "{seen}");
+    assert_eq!(entries(&server).await?.len(), before + seen);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_entry_says_who_did_what_to_what_and_no_secret() -> Result<()> {
+    let server = Server::start().await?;
+    let made = send(server.request(Method::POST, "/v1/vms").json(&small_vm())).await?;
+    let vm = made.ok(201)["id"].as_str().context("an id")?.to_owned();
+    let secret = json!({ "cmd": "echo secret-word", "env": { "TOKEN": "secret-word" } });
+    server.post(&format!("/v1/vms/{vm}/exec"), &secret).await?.ok(200);
+    let key = server.post("/v1/admin/api-keys", &json!({ "name": "ci", "scopes": ["read"] })).await?.ok(201);
+    server.post("/v1/vms", &json!({})).await?.refused(400, "invalid_parameter");
+    server.get("/v1/vms").await?.ok(200);
+    server.delete(&format!("/v1/vms/{vm}")).await?.ok(204);
+
+    let create = entry(&server, "the create", |entry| entry["event"] == "vm_create").await?;
+    assert_eq!((&create["status"], &create["target"]), (&json!(201), &json!(vm)));
+    assert_eq!(create["requestId"], made.headers["x-request-id"].to_str()?);
+    assert_eq!((&create["actor"]["type"], &create["actor"]["name"]), (&json!("key"), &json!("admin")));
+    assert_eq!(create["peer"], "127.0.0.1");
+    assert!(create["accountId"].as_str().is_some_and(|id| id.starts_with("acc-")));
+    let exec = entry(&server, "the exec", |entry| entry["event"] == "exec_create").await?;
+    assert_eq!((&exec["target"], &exec["status"]), (&json!(vm), &json!(200)));
+    let made_key = entry(&server, "the key", |entry| entry["event"] == "api_key_create").await?;
+    assert_eq!(made_key["target"], key["id"]);
+    entry(&server, "the delete", |entry| entry["event"] == "vm_delete" && entry["status"] == 204).await?;
+    let states: Vec<Value> = entries(&server).await?.into_iter().filter(|entry| entry["event"] == "vm_state").collect();
+    let told: Vec<&str> = states.iter().rev().filter_map(|entry| entry["details"]["state"].as_str()).collect();
+    // One that was booted ahead is RUNNING from the beginning.
+    assert!(told.ends_with(&["RUNNING", "DELETED"]), "{told:?}");
+    assert!(states.iter().all(|entry| entry["actor"]["type"] == "system" && entry["target"] == vm.as_str()));
+
+    let all = server.get("/v1/admin/activity").await?.text;
+    let text = key["key"].as_str().context("a key")?;
+    assert!(!all.contains("secret-word") && !all.contains(text) && !all.contains(&server.key), "{all}");
+    let events: Vec<Value> =
+        serde_json::from_str::<Vec<Value>>(&all)?.iter().map(|entry| entry["event"].clone()).collect();
+    assert!(!events.contains(&json!("vm_list")), "reading isn't noted");
+    assert_eq!(events.iter().filter(|event| **event == "vm_create").count(), 1, "nor is what was simply wrong");
+    Ok(())
+}
+
+#[tokio::test]
+async fn entries_come_in_pages_and_outlive_the_server() -> Result<()> {
+    let mut server = Server::start().await?;
+    for number in 0..5 {
+        server.post("/v1/admin/accounts", &json!({ "name": format!("a{number}") })).await?.ok(201);
+    }
+    server.restart().await?;
+    server.post("/v1/admin/accounts", &json!({ "name": "later" })).await?.ok(201);
+    let all = entries(&server).await?;
+    let ids: Vec<&str> = all.iter().filter_map(|entry| entry["id"].as_str()).collect();
+    assert!(ids.len() == 6 && ids.is_sorted_by(|a, b| a > b), "{ids:?}");
+    let first = server.get("/v1/admin/activity?limit=4").await?.ok(200);
+    let next = server.get(&format!("/v1/admin/activity?limit=4&before={}", ids[3])).await?.ok(200);
+    assert_eq!([first.as_array(), next.as_array()].into_iter().flatten().flatten().cloned().collect::<Vec<_>>(), all);
+    for bad in ["limit=0", "limit=1001", "limit=x", "before=x", "before=%27", "x=1"] {
+        server.get(&format!("/v1/admin/activity?{bad}")).await?.refused(400, "invalid_parameter");
+    }
+    let writer = server.other_key("writer", &["write"]).await?;
+    for path in ["activity", "events", "overview"] {
+        server.get_as(&writer, &format!("/v1/admin/{path}")).await?.refused(403, "forbidden");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_is_noted_too_as_the_change_may_be_done() -> Result<()> {
+    let server = Server::start().await?;
+    let vm = server.vm().await?;
+    server.fake.script("slow", Script { delay: std::time::Duration::from_secs(60), ..Script::default() });
+    let exec = server.request(Method::POST, &format!("{vm}/exec")).json(&json!({ "cmd": "slow", "timeoutMs": 90000 }));
+    tokio::select! {
+        _ = send(exec) => panic!("the client hangs up before the end"),
+        runs = until("it runs", async || Ok(server.fake.commands() == 1)) => runs?,
+    }
+    entry(&server, "the exec", |entry| entry["event"] == "exec_create" && entry["status"] == 499).await?;
+    let mut logged = Value::Null;
+    until("the run is logged", async || {
+        logged = server.get(&format!("{vm}/exec-logs")).await?.ok(200)[0].clone();
+        Ok(logged.is_object())
+    })
+    .await?;
+    assert_eq!((&logged["outcome"], logged.get("exitCode")), (&json!("abandoned"), None));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_end_that_nobody_asked_for_is_told_with_its_reason() -> Result<()> {
+    let server = Server::start().await?;
+    let vm = server.vm().await?;
+    let report = EndReport { reason: EndReason::Oom, message: "out of memory".into(), exit_code: None };
+    server.fake.kill(&id_of(&vm), report);
+    let end = entry(&server, "the end", |entry| entry["details"]["state"] == "ERROR").await?;
+    assert_eq!((&end["details"]["reason"], &end["actor"]["type"]), (&json!("oom"), &json!("system")));
+    Ok(())
+}
+
+#[tokio::test]
+async fn logging_in_is_noted_whether_it_works_or_not() -> Result<()> {
+    let server = Server::start().await?;
+    let login = tiffin_server::first_login(&server.store, "admin@tiffin.local").await?.context("a login")?;
+    for (password, status) in [("wrong", 401), (login.password.as_str(), 200)] {
+        let body = json!({ "email": login.email, "password": password });
+        assert_eq!(send(server.client.post(format!("{}/auth/login", server.url)).json(&body)).await?.status, status);
+    }
+    let all = entries(&server).await?;
+    assert_eq!((&all[0]["event"], &all[0]["actor"]["name"]), (&json!("session_create"), &json!(login.email)));
+    assert_eq!((&all[1]["status"], &all[1]["actor"]), (&json!(401), &json!({ "type": "anonymous" })));
+    Ok(())
+}
+
+/// A stream of events, read as far as asked.
+struct Stream {
+    response: reqwest::Response,
+    text: String,
+}
+
+impl Stream {
+    async fn open(server: &Server, after: Option<&str>) -> Result<Self> {
+        let mut request = server.client.get(format!("{}/v1/admin/events", server.url)).header("X-API-Key", &server.key);
+        if let Some(id) = after {
+            request = request.header("Last-Event-ID", id);
+        }
+        let response = request.send().await?;
+        anyhow::ensure!(response.status() == 200, "{}", response.status());
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Ok(Self { response, text: String::new() })
+    }
+
+    /// The next event: its name, id and data.
+    async fn next(&mut self) -> Result<(String, String, Value)> {
+        let read = async {
+            while !self.text.contains("\n\n") {
+                let chunk = self.response.chunk().await?.context("the stream ended")?;
+                self.text.push_str(std::str::from_utf8(&chunk)?);
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(20), read).await.context("no event came")??;
+        let (event, rest) = self.text.split_once("\n\n").context("an event")?;
+        let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim().to_owned();
+        let found = (field("event:"), field("id:"), serde_json::from_str(&field("data:"))?);
+        self.text = rest.to_owned();
+        Ok(found)
+    }
+}
+
+#[tokio::test]
+async fn events_come_live_and_a_stream_resumes_where_it_was() -> Result<()> {
+    let server = Server::start().await?;
+    let mut stream = Stream::open(&server, None).await?;
+    let vm = server.vm().await?;
+    let (name, first, data) = stream.next().await?;
+    assert_eq!((name.as_str(), &data["id"]), ("vm_state", &json!(first)));
+    let began = data["details"]["state"].as_str().context("a state")?.to_owned();
+    drop(stream);
+    server.act(&format!("{vm}/stop")).await?.ok(204);
+    let mut stream = Stream::open(&server, Some(&first)).await?;
+    server.delete(&vm).await?.ok(204);
+    let (mut states, mut operations, mut last) = (vec![began], Vec::new(), first);
+    while operations.len() < 3 || states.last().is_none_or(|state| state != "DELETED") {
+        let (name, id, data) = stream.next().await?;
+        assert!(id > last, "each once and in order");
+        last = id;
+        match name.as_str() {
+            "vm_state" => states.push(data["details"]["state"].as_str().context("a state")?.to_owned()),
+            _ => operations.push(data["event"].as_str().context("an operation")?.to_owned()),
+        }
+    }
+    assert!(states.ends_with(&["RUNNING", "STOPPING", "STOPPED", "DELETED"].map(str::to_owned)), "{states:?}");
+    assert_eq!(operations, ["vm_create", "vm_stop", "vm_delete"]);
+    let bad = server.request(Method::GET, "/v1/admin/events").header("Last-Event-ID", "nonsense");
+    send(bad).await?.refused(400, "invalid_parameter");
+    Ok(())
+}
+
+#[tokio::test]
+async fn streams_are_bounded_a_place_comes_free_and_a_shutdown_ends_them() -> Result<()> {
+    let server = Server::start_with(&[("limits.event_streams", "1"), ("http.shutdown_grace_ms", "20000")]).await?;
+    let one = Stream::open(&server, None).await?;
+    server.get("/v1/admin/events").await?.refused(429, "too_many");
+    drop(one);
+    let mut again = None;
+    until("its place is free", async || {
+        again = Stream::open(&server, None).await.ok();
+        Ok(again.is_some())
+    })
+    .await?;
+    server.stop().await;
+    let mut rest = again.context("a stream")?.response;
+    while let Ok(Some(_)) = rest.chunk().await {}
+    Ok(())
+}
