@@ -49,7 +49,8 @@ pub(crate) struct Site {
     folder: tempfile::TempDir,
     pub(crate) data: PathBuf,
     run: PathBuf,
-    settings: Vec<String>,
+    /// What the next server is started with.
+    pub(crate) settings: Vec<String>,
     server: Option<Child>,
     url: String,
     http: reqwest::Client,
@@ -230,6 +231,13 @@ impl Site {
 
     pub(crate) async fn ask(&self, method: &str, path: &str, body: Option<Value>) -> Answer {
         self.try_ask(method, path, None, body).await.unwrap()
+    }
+
+    /// What the server answers where it speaks no JSON.
+    pub(crate) async fn text(&self, path: &str) -> String {
+        let api_key = fs::read_to_string(self.folder.path().join("key")).unwrap();
+        let request = self.http.get(format!("{}{path}", self.url)).header("x-api-key", api_key.trim());
+        request.send().await.unwrap().text().await.unwrap()
     }
 
     /// A VM that runs.
