@@ -45,7 +45,7 @@ impl Store {
     }
 }
 
-/// Looks a key up; the account must be locked.
+/// Looks a key up. What follows from a key that is unused only holds as long as the account is locked.
 pub(crate) async fn find(
     account: &AccountId,
     asked: &Idempotency<'_>,

@@ -7,7 +7,7 @@ use tiffin_types::{
     vm::{EndReport, VmSpec},
 };
 
-use super::{Fake, FakeSnapshot, FilesEnd, Script};
+use super::{FailingStart, Fake, FakeSnapshot, FilesEnd, Script};
 use crate::{Denied, Ended};
 
 /// A call of the engine that can be made to fail.
@@ -45,7 +45,17 @@ impl Fake {
 
     /// The next start that isn't failing already comes up wrongly, with this report.
     pub fn fail_next_start(&self, report: EndReport) {
-        self.lock().failing_starts.push_back(report);
+        self.lock().failing_starts.push_back(FailingStart { mem_mb: None, report });
+    }
+
+    /// The next start of a VM with that much memory does.
+    pub fn fail_next_start_of(&self, mem_mb: u32, report: EndReport) {
+        self.lock().failing_starts.push_back(FailingStart { mem_mb: Some(mem_mb), report });
+    }
+
+    /// Starts that are still to come up wrongly.
+    pub fn failing_starts(&self) -> usize {
+        self.lock().failing_starts.len()
     }
 
     /// How long starts take from now on.
@@ -53,9 +63,21 @@ impl Fake {
         self.lock().start_delay = delay;
     }
 
-    /// How long saves take from now on.
-    pub fn set_save_delay(&self, delay: Duration) {
-        self.lock().save_delay = delay;
+    /// Saves or starts don't end until they are released.
+    pub fn hold(&self, call: Call) {
+        assert!([Call::Start, Call::SnapshotSave].contains(&call), "{call:?} can't be held");
+        self.lock().held.push(call);
+    }
+
+    /// Lets those go on that are held.
+    pub fn release(&self, call: Call) {
+        self.lock().held.retain(|held| *held != call);
+        self.shared.released.notify_waiters();
+    }
+
+    /// Saves under way.
+    pub fn saves(&self) -> usize {
+        self.lock().saves
     }
 
     /// Puts a snapshot on the host that no server knows of.

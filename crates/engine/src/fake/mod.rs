@@ -46,6 +46,7 @@ pub struct Fake {
 struct Shared {
     state: Mutex<State>,
     ended: Notify,
+    released: Notify,
 }
 
 #[derive(Default)]
@@ -59,9 +60,12 @@ struct State {
     files_ends: HashMap<String, FilesEnd>,
     unknown: BTreeSet<VmId>,
     failing: Vec<Call>,
-    failing_starts: VecDeque<EndReport>,
+    failing_starts: VecDeque<FailingStart>,
     start_delay: Duration,
-    save_delay: Duration,
+    /// What doesn't end until it is released.
+    held: Vec<Call>,
+    /// Saves under way.
+    saves: usize,
     snapshots: BTreeMap<SnapshotId, FakeSnapshot>,
     capacity: Option<usize>,
     denied: Denied,
@@ -69,6 +73,13 @@ struct State {
     hang_on_denied: bool,
     overlaps: usize,
     commands: usize,
+}
+
+/// A start that comes up wrongly.
+struct FailingStart {
+    /// Only of a VM with that much memory.
+    mem_mb: Option<u32>,
+    report: EndReport,
 }
 
 struct FakeVm {
@@ -162,6 +173,17 @@ impl Shared {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Waits as long as such calls are held.
+    async fn pass(&self, call: Call) {
+        loop {
+            let released = self.released.notified();
+            if !self.lock().held.contains(&call) {
+                return;
+            }
+            released.await;
+        }
+    }
+
     /// Marks the VM as starting, or tells why it can't.
     fn begin_start(&self, id: &VmId) -> Result<Duration, EngineError> {
         let mut state = self.lock();
@@ -184,7 +206,10 @@ impl Shared {
 
     fn finish_start(&self, id: &VmId) -> Result<(), EngineError> {
         let mut state = self.lock();
-        let failure = state.failing_starts.pop_front();
+        let mem_mb = state.vms.get(id).map(|vm| vm.spec.size.mem_mb);
+        let fails = |start: &FailingStart| start.mem_mb.is_none() || start.mem_mb == mem_mb;
+        let failing = state.failing_starts.iter().position(fails);
+        let failure = failing.and_then(|at| state.failing_starts.remove(at)).map(|start| start.report);
         let vm = state.vms.get_mut(id).ok_or(EngineError::Absent)?;
         vm.busy = false;
         match failure {
@@ -235,6 +260,7 @@ impl Engine for Fake {
             if !delay.is_zero() {
                 tokio::time::sleep(delay).await;
             }
+            shared.pass(Call::Start).await;
             shared.finish_start(&id)
         });
         start.await.map_err(|error| EngineError::host("starting", error))??;
@@ -246,12 +272,10 @@ impl Engine for Fake {
     }
 
     async fn snapshot_save(&self, id: &VmId, into: &SnapshotId) -> Result<Saved, EngineError> {
-        let delay = snapshots::begin_save(&mut self.lock(), id, into)?;
+        snapshots::begin_save(&mut self.lock(), id, into)?;
         let (shared, id, into) = (Arc::clone(&self.shared), id.clone(), into.clone());
         let save = self.tasks.spawn(async move {
-            if !delay.is_zero() {
-                tokio::time::sleep(delay).await;
-            }
+            shared.pass(Call::SnapshotSave).await;
             snapshots::finish_save(&mut shared.lock(), &id, into)
         });
         save.await.map_err(|error| EngineError::host("saving", error))?

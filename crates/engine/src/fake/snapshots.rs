@@ -56,10 +56,10 @@ pub(super) fn create_from(state: &mut State, spec: &VmSpec, snapshot: &SnapshotI
     Ok(())
 }
 
-/// Marks the VM as being saved, or tells why it can't be; how long it takes.
-pub(super) fn begin_save(state: &mut State, id: &VmId, into: &SnapshotId) -> Result<Duration, EngineError> {
+/// Marks the VM as being saved, or tells why it can't be.
+pub(super) fn begin_save(state: &mut State, id: &VmId, into: &SnapshotId) -> Result<(), EngineError> {
     state.fails(Call::SnapshotSave)?;
-    let (delay, taken) = (state.save_delay, state.snapshots.contains_key(into));
+    let taken = state.snapshots.contains_key(into);
     let vm = state.exclusive(id)?;
     match vm.phase {
         Phase::Running | Phase::Paused => {}
@@ -70,11 +70,13 @@ pub(super) fn begin_save(state: &mut State, id: &VmId, into: &SnapshotId) -> Res
         return Err(EngineError::host("saving", "there is a snapshot of that name"));
     }
     vm.busy = true;
-    Ok(delay)
+    state.saves += 1;
+    Ok(())
 }
 
 /// Keeps the VM as it is now, unless it ended or was destroyed meanwhile.
 pub(super) fn finish_save(state: &mut State, id: &VmId, into: SnapshotId) -> Result<Saved, EngineError> {
+    state.saves -= 1;
     let files = state.files.get(id).cloned();
     let vm = state.vms.get_mut(id).ok_or(EngineError::Absent)?;
     vm.busy = false;

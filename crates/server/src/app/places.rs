@@ -1,4 +1,8 @@
 //! Bounds: one change at a time for each VM and snapshot, so many VMs coming up at once, so many commands in each VM.
+//!
+//! Invariant: a place is taken when the locks are held, never the other way round. Otherwise whoever asks often for one
+//! VM would fill the places with requests that wait for its lock; and nobody who holds a place waits for a lock, so they
+//! can't wait for each other.
 
 use std::{
     collections::HashMap,

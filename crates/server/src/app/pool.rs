@@ -33,7 +33,7 @@ pub(crate) use refill::keep_filled;
 
 /// How long giving a pooled VM its policy and looking at it may take.
 const CLAIM: Duration = Duration::from_secs(5);
-/// For how long nothing is booted ahead after the host had no room, or a boot failed.
+/// For how long nothing is booted ahead after the host had no room, and none of a kind after one failed.
 const QUIET: Duration = Duration::from_secs(30);
 
 /// What VMs of a pool are alike in.
@@ -64,6 +64,8 @@ struct State {
     demand: Demand,
     ready: HashMap<Kind, VecDeque<VmId>>,
     quiet_until: Option<Instant>,
+    /// Kinds of which none came up, and until when none is tried.
+    resting: HashMap<Kind, Instant>,
     closed: bool,
 }
 
@@ -74,6 +76,10 @@ impl State {
 
     fn is_quiet(&self) -> bool {
         self.closed || self.quiet_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn is_resting(&self, kind: &Kind) -> bool {
+        self.resting.get(kind).is_some_and(|until| Instant::now() < *until)
     }
 
     fn tell(&self) {
@@ -128,7 +134,7 @@ impl Pool {
         claimed
     }
 
-    /// Such a VM was made: more of its kind may be asked for.
+    /// Such a VM was made, and runs: more of its kind may be asked for.
     pub(super) fn note(&self, new: &NewVm) {
         if !self.is_off() && new.snapshot_id.is_none() {
             self.lock().demand.note(&Kind::of(new), self.config.max_vms);

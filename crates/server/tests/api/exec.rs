@@ -205,7 +205,10 @@ async fn a_client_that_hangs_up_kills_its_command_streamed_or_not() -> Result<()
     let vm = server.vm().await?;
     let body = json!({ "cmd": "sleep 60", "timeoutMs": 60_000 });
     let plain = server.request(Method::POST, &format!("{vm}/exec")).json(&body);
-    tokio::time::timeout(Duration::from_millis(100), send(plain)).await.expect_err("it waits");
+    tokio::select! {
+        _ = send(plain) => panic!("it runs for a minute"),
+        begun = until("it runs", async || Ok(server.fake.commands() == 1)) => begun?,
+    }
     until("the command is gone", async || Ok(server.fake.commands() == 0)).await?;
 
     server

@@ -202,14 +202,30 @@ async fn one_that_was_opened_for_a_refused_request_is_for_nobody_else() -> Resul
 #[tokio::test]
 async fn a_size_that_does_not_come_up_is_not_tried_for_ever() -> Result<()> {
     let server = Server::start_with(&[("pool.max_vms", "2"), ("pool.keep", "")]).await?;
-    // The second start is the one ahead.
-    server.fake.set_start_delay(Duration::from_millis(100));
     server.vm().await?;
-    server.fake.fail_next_start(report("It doesn't come up."));
-    until("a start ahead is under way", async || Ok(server.fake.present().len() == 2)).await?;
-    until("it has failed", async || Ok(server.fake.present().len() == 1)).await?;
-    server.fake.set_start_delay(Duration::ZERO);
+    until_pooled(&server, 1).await?;
+    // The next start is one ahead, as this create takes the one that is ready.
+    server.fake.fail_next_start_of(128, report("It doesn't come up."));
     server.vm().await?;
+    until("one has failed", async || Ok(server.fake.failing_starts() == 0)).await?;
+    // Others are none the worse for it.
+    create(&server, &with("memMb", json!(256))).await?;
+    let ready = until_pooled(&server, 1).await?;
+    assert_eq!(server.fake.spec(&ready[0]).context("it is there")?.size.mem_mb, 256);
+    server.vm().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_did_not_come_up_for_its_client_is_not_booted_ahead() -> Result<()> {
+    let server = Server::start_with(&[("pool.max_vms", "2"), ("pool.keep", "")]).await?;
+    for _ in 0..2 {
+        server.fake.fail_next_start_of(256, report("It doesn't come up."));
+        server.post("/v1/vms", &with("memMb", json!(256))).await?.refused(500, "engine_lost");
+    }
+    server.vm().await?;
+    let ready = until_pooled(&server, 1).await?;
+    assert_eq!(server.fake.spec(&ready[0]).context("it is there")?.size.mem_mb, 128);
     Ok(())
 }
 

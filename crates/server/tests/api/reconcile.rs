@@ -157,7 +157,7 @@ async fn the_timer_leaves_what_is_being_changed_alone() -> Result<()> {
 #[tokio::test]
 async fn a_create_under_way_at_a_shutdown_is_finished_or_taken_up() -> Result<()> {
     let mut server = Server::start_cold().await?;
-    server.fake.set_start_delay(Duration::from_millis(800));
+    server.fake.hold(Call::Start);
     let create = server.request(Method::POST, "/v1/vms").json(&small_vm());
     let stop = async {
         until("it is starting", async || Ok(!server.present().await?.is_empty())).await?;
@@ -169,6 +169,7 @@ async fn a_create_under_way_at_a_shutdown_is_finished_or_taken_up() -> Result<()
     stopped?;
     assert!(created.is_err());
     server.restart().await?;
+    server.fake.release(Call::Start);
     until("it runs", async || {
         let list = server.get("/v1/vms").await?.ok(200);
         Ok(list.as_array().is_some_and(|list| list.len() == 1 && list[0]["state"] == "RUNNING"))

@@ -1,7 +1,5 @@
 //! `/v1/snapshots`, and VMs that are made of them.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -9,7 +7,7 @@ use tiffin_engine::fake::Call;
 use tiffin_store::{NewSnapshot, SnapshotInserted};
 use tiffin_types::{
     id::SnapshotId,
-    snapshot::{SnapshotEvent, SnapshotState},
+    snapshot::SnapshotEvent,
     vm::{EndReason, EndReport, VmSpec},
 };
 
@@ -202,7 +200,7 @@ async fn a_save_that_fails_leaves_nothing_and_the_vm_runs_on() -> Result<()> {
 async fn a_save_that_takes_too_long_is_given_up() -> Result<()> {
     let server = Server::start_with(&[("vm.snapshot_timeout_ms", "1000")]).await?;
     let vm = server.vm().await?;
-    server.fake.set_save_delay(Duration::from_secs(3600));
+    server.fake.hold(Call::SnapshotSave);
     let reply = server.act(&format!("{vm}/snapshots")).await?;
     reply.refused(503, "snapshot_timeout");
     assert!(reply.headers.contains_key("retry-after"));
@@ -213,22 +211,20 @@ async fn a_save_that_takes_too_long_is_given_up() -> Result<()> {
 
 /// Waits until a save is under way.
 async fn saving(server: &Server) -> Result<()> {
-    until("it is saved", async || {
-        let all = server.store.snapshot_all().await?;
-        Ok(all.iter().any(|snapshot| snapshot.state == SnapshotState::Saving))
-    })
-    .await
+    until("it is saved", async || Ok(server.fake.saves() == 1)).await
 }
 
 #[tokio::test]
 async fn a_vm_can_be_deleted_while_it_is_saved() -> Result<()> {
     let server = Server::start().await?;
     let vm = server.vm().await?;
-    server.fake.set_save_delay(Duration::from_millis(500));
+    server.fake.hold(Call::SnapshotSave);
     let path = format!("{vm}/snapshots");
     let delete = async {
         saving(&server).await?;
-        server.delete(&vm).await
+        let deleted = server.delete(&vm).await;
+        server.fake.release(Call::SnapshotSave);
+        deleted
     };
     let (saved, deleted) = tokio::join!(server.act(&path), delete);
     deleted?.ok(204);
@@ -242,12 +238,13 @@ async fn a_vm_can_be_deleted_while_it_is_saved() -> Result<()> {
 async fn a_vm_that_ends_while_it_is_saved_says_why() -> Result<()> {
     let server = Server::start().await?;
     let vm = server.vm().await?;
-    server.fake.set_save_delay(Duration::from_millis(500));
+    server.fake.hold(Call::SnapshotSave);
     let path = format!("{vm}/snapshots");
     let end = async {
         saving(&server).await?;
         let report = EndReport { reason: EndReason::Oom, message: "It used too much.".into(), exit_code: None };
         server.fake.kill(&id_of(&vm), report);
+        server.fake.release(Call::SnapshotSave);
         anyhow::Ok(())
     };
     let (saved, ended) = tokio::join!(server.act(&path), end);
@@ -262,12 +259,20 @@ async fn a_vm_that_ends_while_it_is_saved_says_why() -> Result<()> {
 async fn a_stop_waits_for_the_save_and_a_client_that_hangs_up_undoes_nothing() -> Result<()> {
     let server = Server::start().await?;
     let vm = server.vm().await?;
-    server.fake.set_save_delay(Duration::from_millis(500));
-    let save = server.request(Method::POST, &format!("{vm}/snapshots"));
-    let hung_up = tokio::time::timeout(Duration::from_millis(100), send(save)).await;
-    assert!(hung_up.is_err());
-    saving(&server).await?;
-    server.act(&format!("{vm}/stop")).await?.ok(204);
+    server.fake.hold(Call::SnapshotSave);
+    tokio::select! {
+        _ = send(server.request(Method::POST, &format!("{vm}/snapshots"))) => panic!("it is held"),
+        begun = saving(&server) => begun?,
+    }
+    let path = format!("{vm}/stop");
+    let release = async {
+        assert_eq!(server.state(&vm).await?, "RUNNING");
+        server.fake.release(Call::SnapshotSave);
+        anyhow::Ok(())
+    };
+    let (stopped, released) = tokio::join!(server.act(&path), release);
+    released?;
+    stopped?.ok(204);
     assert_eq!(server.fake.overlaps(), 0);
     let list = server.get("/v1/snapshots").await?.ok(200);
     assert_eq!(list.as_array().unwrap().len(), 1);
@@ -325,13 +330,15 @@ async fn snapshots_are_bounded_in_number_and_count_for_the_disk() -> Result<()> 
 async fn a_removal_waits_for_a_restore_under_way() -> Result<()> {
     let server = Server::start().await?;
     let (_, snapshot) = saved(&server).await?;
-    server.fake.set_start_delay(Duration::from_millis(500));
+    server.fake.hold(Call::Start);
     let delete = async {
         until("it is restored", async || Ok(server.present().await?.len() == 2)).await?;
         let deleted = server.delete(&snapshot);
         let gone = async {
             until("it is not to be seen", async || Ok(server.get(&snapshot).await?.status == 404)).await?;
-            anyhow::Ok(server.fake.snapshots().len())
+            let left = server.fake.snapshots().len();
+            server.fake.release(Call::Start);
+            anyhow::Ok(left)
         };
         let (deleted, left) = tokio::join!(deleted, gone);
         deleted?.ok(204);
@@ -469,8 +476,20 @@ async fn a_removal_that_fails_is_tried_again_by_the_timer() -> Result<()> {
 async fn the_timer_leaves_a_save_under_way_alone() -> Result<()> {
     let server = Server::start_with(&[("vm.reconcile_ms", "50")]).await?;
     let vm = server.vm().await?;
-    server.fake.set_save_delay(Duration::from_millis(400));
-    let snapshot = save(&server, &vm).await?;
+    server.fake.hold(Call::SnapshotSave);
+    let ticks = async {
+        saving(&server).await?;
+        // Each run removes what no record knows.
+        for _ in 0..2 {
+            server.fake.plant_snapshot(SnapshotId::random(), &any_spec());
+            until("the timer has run", async || Ok(server.fake.snapshots().is_empty())).await?;
+        }
+        server.fake.release(Call::SnapshotSave);
+        anyhow::Ok(())
+    };
+    let (snapshot, ticked) = tokio::join!(save(&server, &vm), ticks);
+    ticked?;
+    let snapshot = snapshot?;
     assert_eq!(server.get(&snapshot).await?.ok(200)["state"], "READY");
     Ok(())
 }
@@ -483,5 +502,47 @@ async fn a_host_that_cannot_be_asked_for_its_snapshots_loses_none() -> Result<()
     server.fake.fail_next(Call::SnapshotList);
     server.restart().await?;
     assert_eq!(server.get(&snapshot).await?.ok(200)["state"], "READY");
+    Ok(())
+}
+
+#[tokio::test]
+async fn requests_that_wait_for_one_vm_keep_nobody_else_waiting() -> Result<()> {
+    let limits = [("limits.creates_in_flight", "2"), ("limits.create_wait_ms", "1000")];
+    let server = Server::start_with(&limits).await?;
+    let vm = server.vm().await?;
+    server.fake.hold(Call::SnapshotSave);
+    let paths: Vec<String> = (0..4).map(|_| format!("{vm}/snapshots")).collect();
+    let saves = futures_util::future::join_all(paths.iter().map(|path| server.act(path)));
+    let fork_path = format!("{vm}/fork");
+    let count = json!({ "count": 1 });
+    let fork = server.post(&fork_path, &count);
+    let other = async {
+        saving(&server).await?;
+        // All of them wait by now, or will.
+        for _ in 0..5 {
+            let other = server.vm().await?;
+            server.act(&format!("{other}/stop")).await?.ok(204);
+            server.act(&format!("{other}/start")).await?.ok(204);
+        }
+        server.fake.release(Call::SnapshotSave);
+        anyhow::Ok(())
+    };
+    let (saves, forked, other) = tokio::join!(saves, fork, other);
+    other?;
+    forked?.ok(201);
+    for saved in saves {
+        saved?.ok(201);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_restore_can_be_repeated_with_its_key_when_its_snapshot_is_gone() -> Result<()> {
+    let server = Server::start().await?;
+    let (_, snapshot) = saved(&server).await?;
+    let create = || server.request(Method::POST, "/v1/vms").json(&of(&snapshot)).header("Idempotency-Key", "k");
+    let first = send(create()).await?.ok(201);
+    server.delete(&snapshot).await?.ok(204);
+    assert_eq!(send(create()).await?.ok(201)["id"], first["id"]);
     Ok(())
 }

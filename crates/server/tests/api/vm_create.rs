@@ -196,13 +196,14 @@ async fn of_a_hundred_creates_at_once_each_succeeds_or_is_told_to_retry() -> Res
 #[tokio::test]
 async fn a_client_that_hangs_up_leaves_a_whole_vm() -> Result<()> {
     let server = Server::start_cold().await?;
-    server.fake.set_start_delay(Duration::from_secs(2));
+    server.fake.hold(Call::Start);
     let request = server.request(Method::POST, "/v1/vms").json(&small_vm());
     let is_known = async || Ok(!server.store.vm_not_deleted().await?.is_empty());
     tokio::select! {
         _ = send(request) => panic!("the client gives up before the answer"),
         known = until("its record is there", is_known) => known?,
     }
+    server.fake.release(Call::Start);
     until("it runs", async || {
         let list = server.get("/v1/vms").await?.ok(200);
         Ok(list.as_array().is_some_and(|list| list.len() == 1 && list[0]["state"] == "RUNNING"))

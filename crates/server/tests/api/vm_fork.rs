@@ -151,12 +151,14 @@ async fn more_clones_than_places_come_up_one_after_the_other() -> Result<()> {
 async fn a_clone_deleted_on_its_way_up_undoes_the_others() -> Result<()> {
     let server = Server::start().await?;
     let source = server.vm().await?;
-    server.fake.set_start_delay(Duration::from_millis(500));
+    server.fake.hold(Call::Start);
     let delete = async {
         until("the clones come up", async || Ok(server.present().await?.len() == 3)).await?;
         let list = server.get("/v1/vms").await?.ok(200);
         let clone = paths(&list).into_iter().find(|path| *path != source).context("a clone")?;
-        server.delete(&clone).await
+        let deleted = server.delete(&clone).await;
+        server.fake.release(Call::Start);
+        deleted
     };
     let (forked, deleted) = tokio::join!(fork(&server, &source, json!({ "count": 2 })), delete);
     deleted?.ok(204);
@@ -196,9 +198,12 @@ async fn the_same_fork_again_gives_the_same_clones() -> Result<()> {
 async fn a_client_that_hangs_up_undoes_nothing() -> Result<()> {
     let server = Server::start().await?;
     let source = server.vm().await?;
-    server.fake.set_save_delay(Duration::from_millis(300));
-    let asked = fork(&server, &source, json!({ "count": 2 }));
-    assert!(tokio::time::timeout(Duration::from_millis(100), asked).await.is_err());
+    server.fake.hold(Call::SnapshotSave);
+    tokio::select! {
+        _ = fork(&server, &source, json!({ "count": 2 })) => panic!("it is held"),
+        begun = until("it is saved", async || Ok(server.fake.saves() == 1)) => begun?,
+    }
+    server.fake.release(Call::SnapshotSave);
     until("the clones run", async || {
         let list = server.get("/v1/vms").await?.ok(200);
         let list = list.as_array().context("a list")?;
@@ -281,4 +286,44 @@ async fn the_next_server_keeps_a_fork_that_was_done() -> Result<()> {
     assert_eq!(list.as_array().unwrap().len(), 3);
     assert!(server.fake.snapshots().is_empty() && server.store.snapshot_all().await?.is_empty());
     Ok(())
+}
+
+#[tokio::test]
+async fn a_fork_can_be_repeated_with_its_key_when_its_source_is_gone() -> Result<()> {
+    let server = Server::start().await?;
+    let source = server.vm().await?;
+    let first = fork_with_key(&server, &source, "k", json!({ "count": 2 })).await?.ok(201);
+    server.act(&format!("{source}/stop")).await?.ok(204);
+    let again = fork_with_key(&server, &source, "k", json!({ "count": 2 })).await?.ok(201);
+    assert_eq!(again.as_array().unwrap().len(), 2);
+    server.delete(&source).await?.ok(204);
+    let again = fork_with_key(&server, &source, "k", json!({ "count": 2 })).await?.ok(201);
+    assert!(paths(&first).iter().all(|clone| paths(&again).contains(clone)));
+    fork_with_key(&server, &source, "k", json!({ "count": 1 })).await?.refused(422, "idempotency_key_reused");
+    fork_with_key(&server, &source, "l", json!({ "count": 1 })).await?.refused(404, "not_found");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_fork_that_waited_for_a_first_one_without_room_makes_the_clones_itself() -> Result<()> {
+    let server = Server::start_cold().await?;
+    let source = server.vm().await?;
+    server.fake.set_capacity(1);
+    server.fake.hold(Call::SnapshotSave);
+    let first = fork_with_key(&server, &source, "k", json!({ "count": 1 }));
+    let second = async {
+        until("it is saved", async || Ok(server.fake.saves() == 1)).await?;
+        let second = fork_with_key(&server, &source, "k", json!({ "count": 1 }));
+        let release = async {
+            server.get(&source).await?.ok(200);
+            server.fake.release(Call::SnapshotSave);
+            anyhow::Ok(())
+        };
+        let (second, released) = tokio::join!(second, release);
+        released.and(second)
+    };
+    let (first, second) = tokio::join!(first, second);
+    first?.refused(503, "no_capacity");
+    second?.refused(503, "no_capacity");
+    nothing_left(&server, &source).await
 }

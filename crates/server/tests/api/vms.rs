@@ -66,7 +66,7 @@ async fn a_deleted_vm_is_not_found_by_any_call_and_gone_from_the_host() -> Resul
 #[tokio::test]
 async fn deleting_a_vm_that_comes_up_cancels_it() -> Result<()> {
     let server = Server::start_cold().await?;
-    server.fake.set_start_delay(Duration::from_millis(500));
+    server.fake.hold(Call::Start);
     let create = server.request(reqwest::Method::POST, "/v1/vms").json(&crate::harness::small_vm());
     let delete = async {
         until("it is starting", async || Ok(!server.present().await?.is_empty())).await?;
@@ -74,7 +74,9 @@ async fn deleting_a_vm_that_comes_up_cancels_it() -> Result<()> {
         assert_eq!(list[0]["state"], "STARTING");
         let path = format!("/v1/vms/{}", list[0]["id"].as_str().unwrap());
         server.act(&format!("{path}/stop")).await?.refused(409, "wrong_state");
-        server.delete(&path).await
+        let deleted = server.delete(&path).await;
+        server.fake.release(Call::Start);
+        deleted
     };
     let (created, deleted) = tokio::join!(send(create), delete);
     deleted?.ok(204);

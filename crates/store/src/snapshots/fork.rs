@@ -3,9 +3,10 @@
 //! Invariant: as long as a fork's snapshot has a record that isn't DELETING, the fork isn't done, and whoever finds it
 //! after a restart undoes it all. [`Store::fork_commit`] is the one moment at which it becomes done.
 
+use sqlx::AnyConnection;
 use tiffin_types::{
     account::Quota,
-    id::SnapshotId,
+    id::{AccountId, SnapshotId},
     snapshot::{SnapshotEvent, SnapshotState},
     vm::{VmEvent, VmState},
 };
@@ -53,12 +54,10 @@ impl Store {
         if !quota::lock_account(account, &mut tx).await? {
             return Err(StoreError::Conflict(format!("no account {account}")));
         }
-        if let Some(asked) = &idempotency {
-            match idempotency::find(account, asked, &mut tx).await? {
-                Known::Unused => {}
-                Known::OtherRequest => return Ok(Forked::KeyReused),
-                Known::SameRequest(first) => return Ok(Forked::Replay(vms::siblings(&first, &mut *tx).await?)),
-            }
+        if let Some(asked) = &idempotency
+            && let Some(known) = known(account, asked, &mut tx).await?
+        {
+            return Ok(known);
         }
         let used = quota::usage(account, None, &mut *tx).await?;
         let sizes = new.vms.iter().map(|vm| vm.size);
@@ -76,6 +75,13 @@ impl Store {
         }
         tx.commit().await?;
         Ok(Forked::New(made))
+    }
+
+    /// What [`Store::fork_insert`] would say of a key that was used before: [`Forked::Replay`] or [`Forked::KeyReused`].
+    /// `None` for a new one, which may be used by somebody else the next moment.
+    pub async fn fork_replay(&self, account: &AccountId, asked: Idempotency<'_>) -> Result<Option<Forked>, StoreError> {
+        let mut db = self.pool.acquire().await?;
+        known(account, &asked, &mut db).await
     }
 
     /// Takes every VM of the fork from STARTING to RUNNING and its snapshot from READY to DELETING, at once; the VMs as
@@ -99,5 +105,18 @@ impl Store {
     /// The VMs that were made of a snapshot, deleted ones too. Meant for a fork's: of another there may be any number.
     pub async fn vm_list_of_snapshot(&self, snapshot: &SnapshotId) -> Result<Vec<Vm>, StoreError> {
         vms::of_snapshot(snapshot, &self.pool).await
+    }
+}
+
+/// What a key that was used before comes to.
+async fn known(
+    account: &AccountId,
+    asked: &Idempotency<'_>,
+    db: &mut AnyConnection,
+) -> Result<Option<Forked>, StoreError> {
+    match idempotency::find(account, asked, db).await? {
+        Known::Unused => Ok(None),
+        Known::OtherRequest => Ok(Some(Forked::KeyReused)),
+        Known::SameRequest(first) => Ok(Some(Forked::Replay(vms::siblings(&first, db).await?))),
     }
 }

@@ -1,7 +1,12 @@
 //! Making a VM's record: once per idempotency key, and only within the account's quota.
 
 use sqlx::AnyConnection;
-use tiffin_types::{account::Quota, id::SnapshotId, time::Timestamp, vm::VmState};
+use tiffin_types::{
+    account::Quota,
+    id::{AccountId, SnapshotId},
+    time::Timestamp,
+    vm::VmState,
+};
 
 use super::{Desired, Inserted, NewVm, Vm, json, provision_mode_name, vm_from};
 use crate::{
@@ -32,6 +37,13 @@ impl Store {
         idempotency: Option<Idempotency<'_>>,
     ) -> Result<Inserted, StoreError> {
         self.insert_as(new, VmState::Running, quota, idempotency).await
+    }
+
+    /// What [`Store::vm_insert`] would say of a key that was used before: [`Inserted::Replay`] or [`Inserted::KeyReused`].
+    /// `None` for a new one, which may be used by somebody else the next moment.
+    pub async fn vm_replay(&self, account: &AccountId, asked: Idempotency<'_>) -> Result<Option<Inserted>, StoreError> {
+        let mut db = self.pool.acquire().await?;
+        known(account, &asked, &mut db).await
     }
 
     async fn insert_as(
@@ -67,18 +79,10 @@ async fn insert_checked(
     if !quota::lock_account(&new.account_id, tx).await? {
         return Err(StoreError::Conflict(format!("no account {}", new.account_id)));
     }
-    if let Some(asked) = &idempotency {
-        match idempotency::find(&new.account_id, asked, tx).await? {
-            Known::Unused => {}
-            Known::OtherRequest => return Ok(Inserted::KeyReused),
-            Known::SameRequest(id) => {
-                let row = sqlx::query(concat!("SELECT ", columns!(), " FROM vms WHERE id = $1"))
-                    .bind(id.as_str())
-                    .fetch_one(tx)
-                    .await?;
-                return Ok(Inserted::Replay(vm_from(&row)?));
-            }
-        }
+    if let Some(asked) = &idempotency
+        && let Some(known) = known(&new.account_id, asked, tx).await?
+    {
+        return Ok(known);
     }
     let used = quota::usage(&new.account_id, None, &mut *tx).await?;
     if let Err(exceeded) = quota::check_new(limits, &used, &new.size) {
@@ -89,6 +93,21 @@ async fn insert_checked(
         idempotency::remember(&new.account_id, asked, &vm.id, vm.created_at, tx).await?;
     }
     Ok(Inserted::New(vm))
+}
+
+/// What a key that was used before comes to.
+async fn known(
+    account: &AccountId,
+    asked: &Idempotency<'_>,
+    db: &mut AnyConnection,
+) -> Result<Option<Inserted>, StoreError> {
+    let id = match idempotency::find(account, asked, db).await? {
+        Known::Unused => return Ok(None),
+        Known::OtherRequest => return Ok(Some(Inserted::KeyReused)),
+        Known::SameRequest(id) => id,
+    };
+    let query = sqlx::query(concat!("SELECT ", columns!(), " FROM vms WHERE id = $1")).bind(id.as_str());
+    Ok(Some(Inserted::Replay(vm_from(&query.fetch_one(db).await?)?)))
 }
 
 /// Makes a VM's record, whatever the quota says; RUNNING, it came up this moment.

@@ -80,7 +80,7 @@ fn missing(app: &App, targets: &HashMap<Kind, usize>) -> Option<Kind> {
     }
     let have = |kind: &Kind| state.ready.get(kind).map_or(0, |ids| ids.len());
     // The one that lacks most.
-    let lacking = targets.iter().filter(|(kind, target)| have(kind) < **target);
+    let lacking = targets.iter().filter(|(kind, target)| have(kind) < **target && !state.is_resting(kind));
     lacking.max_by_key(|(kind, target)| *target - have(kind)).map(|(kind, _)| kind.clone())
 }
 
@@ -118,10 +118,24 @@ async fn boot(app: &Arc<App>, kind: Kind) {
     let _ = boot.await;
 }
 
-/// After a failure: nothing is booted for a while, and that kind only when it is asked for again.
+/// After a failure: that kind isn't booted for a while, and then only when it is asked for again. Others are none the
+/// worse for it, as it may be the image; unless the host is full, which holds for all.
 fn rest(app: &App, kind: &Kind, error: &EngineError) {
-    tracing::warn!(error = chain(error), "a VM could not be booted ahead; none is for {} s", QUIET.as_secs());
+    let (now, until) = (Instant::now(), Instant::now() + QUIET);
     let mut state = app.pool.lock();
     state.demand.forget(kind);
-    state.quiet_until = Some(Instant::now() + QUIET);
+    if let EngineError::NoCapacity(_) = error {
+        tracing::warn!(error = chain(error), "no VM could be booted ahead; none is for {} s", QUIET.as_secs());
+        state.quiet_until = Some(until);
+        return;
+    }
+    let image = kind.image.as_str();
+    tracing::warn!(
+        image,
+        error = chain(error),
+        "a VM could not be booted ahead; none like it is for {} s",
+        QUIET.as_secs()
+    );
+    state.resting.retain(|_, until| now < *until);
+    state.resting.insert(kind.clone(), until);
 }

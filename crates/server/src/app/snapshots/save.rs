@@ -45,11 +45,11 @@ pub(crate) async fn snapshot_create(
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
     app.run(async move {
         running(&work, &caller, &id).await?;
-        let _place = work.places.take().await?;
         let (vm_lock, vm) = hold_running(&work, &caller, &id).await?;
         let account = work.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
         let new = new_snapshot(&vm, name);
         let _lock = work.snapshot_locks.lock(&new.id).await;
+        let _place = work.places.take().await?;
         let most = work.config.limits.snapshots_per_account;
         match work.store.snapshot_insert(&new, &account.quota, most).await? {
             SnapshotInserted::New(_) => {}

@@ -47,6 +47,12 @@ pub(crate) struct Idempotent {
     pub(crate) request_sha256: [u8; 32],
 }
 
+impl<'a> std::convert::From<&'a Idempotent> for Idempotency<'a> {
+    fn from(request: &'a Idempotent) -> Self {
+        Self { key: &request.key, request_sha256: request.request_sha256 }
+    }
+}
+
 /// Makes a VM and answers when it is RUNNING. When it doesn't come up, nothing is left of it.
 pub(crate) async fn vm_create(
     app: &Arc<App>,
@@ -55,13 +61,12 @@ pub(crate) async fn vm_create(
     idempotent: Option<Idempotent>,
 ) -> Result<Vm, AppError> {
     caller.require(Scope::Write)?;
-    let new = new_vm(app, caller, request).await?;
     let (work, caller) = (Arc::clone(app), caller.clone());
     app.run(async move {
-        match attempt(&work, &caller, &new, idempotent.as_ref()).await? {
+        match attempt(&work, &caller, &request, idempotent.as_ref()).await? {
             Attempt::Made(vm) => Ok(*vm),
             // If the first one's failure was one that passes, its key is free again and this makes the VM.
-            Attempt::FirstFailed(_) => match attempt(&work, &caller, &new, idempotent.as_ref()).await? {
+            Attempt::FirstFailed(_) => match attempt(&work, &caller, &request, idempotent.as_ref()).await? {
                 Attempt::Made(vm) => Ok(*vm),
                 Attempt::FirstFailed(end) => Err(AppError::Boot(end)),
             },
@@ -70,9 +75,9 @@ pub(crate) async fn vm_create(
     .await
 }
 
-async fn new_vm(app: &App, caller: &Caller, request: VmRequest) -> Result<NewVm, AppError> {
-    if let Some(id) = request.snapshot_id.clone() {
-        return restore::new_vm(app, caller, &id, request).await;
+async fn new_vm(app: &App, caller: &Caller, request: &VmRequest) -> Result<NewVm, AppError> {
+    if let Some(id) = &request.snapshot_id {
+        return restore::new_vm(app, caller, id, request).await;
     }
     let (image, digest) = image_for(app, caller, request.image_id.as_ref()).await?;
     let disk_mb = request.disk_mb.unwrap_or(limits::DISK_MB_DEFAULT);
@@ -84,7 +89,7 @@ async fn new_vm(app: &App, caller: &Caller, request: VmRequest) -> Result<NewVm,
         engine: app.engine.name(),
         isolation: app.engine.isolation(),
         size: VmSize { cpus: request.cpus, mem_mb: request.mem_mb, disk_mb },
-        egress: request.egress,
+        egress: request.egress.clone(),
         provision_mode: ProvisionMode::Boot,
         snapshot_id: None,
     })
@@ -99,28 +104,39 @@ enum Begins {
 }
 
 /// What a request came to.
-enum Attempt {
-    /// A VM, by this request or by an earlier one with the same key.
-    Made(Box<Vm>),
-    /// The earlier request's VM didn't come up.
+pub(super) enum Attempt<T> {
+    /// What was asked for, by this request or by an earlier one with the same key.
+    Made(T),
+    /// What the earlier request began didn't come up.
     FirstFailed(EndReport),
 }
 
 async fn attempt(
     app: &Arc<App>,
     caller: &Caller,
-    new: &NewVm,
+    request: &VmRequest,
     idempotent: Option<&Idempotent>,
-) -> Result<Attempt, AppError> {
+) -> Result<Attempt<Box<Vm>>, AppError> {
+    // Before all else: what the first request was made of may be gone by now.
+    if let Some(idempotent) = idempotent
+        && let Some(known) = app.store.vm_replay(&caller.account_id, idempotent.into()).await?
+    {
+        return answer_to(app, caller, known).await;
+    }
+    let new = &new_vm(app, caller, request).await?;
     if let Some(claimed) = app.pool.claim(app, new).await {
         return attempt_with(app, caller, new, idempotent, claimed).await;
     }
-    let place = app.places.take().await?;
     // Until it is up: a removal of the snapshot waits for that.
     let _source = restore::hold_source(app, caller, new).await?;
     let lock = app.locks.lock(&new.id).await;
+    let place = app.places.take().await?;
     match insert(app, caller, new, idempotent, Begins::Created).await? {
-        Inserted::New(vm) => make(app, vm, lock, place).await.map(|vm| Attempt::Made(Box::new(vm))),
+        Inserted::New(vm) => {
+            let vm = make(app, vm, lock, place).await?;
+            app.pool.note(new);
+            Ok(Attempt::Made(Box::new(vm)))
+        }
         other => {
             drop(place);
             answer_to(app, caller, other).await
@@ -135,12 +151,15 @@ async fn attempt_with(
     new: &NewVm,
     idempotent: Option<&Idempotent>,
     claimed: Claimed,
-) -> Result<Attempt, AppError> {
+) -> Result<Attempt<Box<Vm>>, AppError> {
     fault::point("after_pool_claim");
     let new = NewVm { id: claimed.id.clone(), ..new.clone() };
     match insert(app, caller, &new, idempotent, Begins::Running).await {
         // What ended meanwhile has waited for the lock, and finds the record.
-        Ok(inserted @ Inserted::New(_)) => answer_to(app, caller, inserted).await,
+        Ok(inserted @ Inserted::New(_)) => {
+            app.pool.note(&new);
+            answer_to(app, caller, inserted).await
+        }
         Ok(other) => {
             app.pool.give_back(app, claimed);
             answer_to(app, caller, other).await
@@ -152,7 +171,7 @@ async fn attempt_with(
     }
 }
 
-async fn answer_to(app: &App, caller: &Caller, inserted: Inserted) -> Result<Attempt, AppError> {
+async fn answer_to(app: &App, caller: &Caller, inserted: Inserted) -> Result<Attempt<Box<Vm>>, AppError> {
     match inserted {
         Inserted::New(vm) => Ok(Attempt::Made(Box::new(vm))),
         Inserted::Replay(vm) => replay(app, caller, vm).await,
@@ -169,8 +188,7 @@ async fn insert(
     begins: Begins,
 ) -> Result<Inserted, AppError> {
     let account = app.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
-    let idempotency =
-        idempotent.map(|request| Idempotency { key: &request.key, request_sha256: request.request_sha256 });
+    let idempotency = idempotent.map(Idempotency::from);
     // From here to the record the image's blob can't go. That of a snapshot is the snapshot's, whose share is held.
     let _gate = app.images.gate.read().await;
     if new.snapshot_id.is_none() {
@@ -182,7 +200,6 @@ async fn insert(
     };
     if let Inserted::New(vm) = &inserted {
         tracing::info!(vm_id = %vm.id, account_id = %vm.account_id, "VM {} created", vm.id);
-        app.pool.note(new);
         fault::point("after_vm_insert");
     }
     Ok(inserted)
@@ -232,7 +249,7 @@ async fn settle_failed(app: &App, starting: &Vm, end: EndReport, failure: &AppEr
 }
 
 /// Waits for the request that came first, and answers as it did.
-async fn replay(app: &App, caller: &Caller, first: Vm) -> Result<Attempt, AppError> {
+async fn replay(app: &App, caller: &Caller, first: Vm) -> Result<Attempt<Box<Vm>>, AppError> {
     let patience = app.config.vm.start_timeout + app.config.limits.create_wait;
     let settled = async {
         let mut vm = first;

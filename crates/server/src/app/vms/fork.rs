@@ -7,7 +7,7 @@
 use std::{sync::Arc, time::Instant};
 
 use futures_util::future::join_all;
-use tiffin_store::{Forked, Idempotency, NewFork, Vm};
+use tiffin_store::{Forked, NewFork, Vm};
 use tiffin_types::{
     account::Scope,
     id::{SnapshotId, VmId},
@@ -18,7 +18,7 @@ use tiffin_types::{
 
 use super::{
     App, Caller, Idempotent,
-    create::{REPLAY_POLL, end_of, frees_key},
+    create::{Attempt, REPLAY_POLL, end_of, frees_key},
     destroy, mark_deleted, restore,
     run::{From, note_start, up},
 };
@@ -50,35 +50,47 @@ pub(crate) async fn vm_fork(
     caller.require(Scope::Write)?;
     can_snapshot(app)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
-    app.run(async move { fork(&work, &caller, &id, &request, idempotent.as_ref()).await }).await
+    app.run(async move {
+        match attempt(&work, &caller, &id, &request, idempotent.as_ref()).await? {
+            Attempt::Made(clones) => Ok(clones),
+            // If the first one's failure was one that passes, its key is free again and this makes the clones.
+            Attempt::FirstFailed(_) => match attempt(&work, &caller, &id, &request, idempotent.as_ref()).await? {
+                Attempt::Made(clones) => Ok(clones),
+                Attempt::FirstFailed(end) => Err(AppError::Boot(end)),
+            },
+        }
+    })
+    .await
 }
 
-async fn fork(
+async fn attempt(
     app: &App,
     caller: &Caller,
     id: &VmId,
     request: &ForkRequest,
     idempotent: Option<&Idempotent>,
-) -> Result<Vec<Vm>, AppError> {
+) -> Result<Attempt<Vec<Vm>>, AppError> {
+    // Before all else: the source may be gone by now.
+    if let Some(idempotent) = idempotent
+        && let Some(known) = app.store.fork_replay(&caller.account_id, idempotent.into()).await?
+    {
+        return answer_to(app, caller, known).await;
+    }
     running(app, caller, id).await?;
-    let place = app.places.take().await?;
     let (source_lock, source) = hold_running(app, caller, id).await?;
     let new = new_fork(app, &source, request);
     let snapshot = &new.snapshot.id;
     // The reconciler leaves what is locked alone.
     let _lock = app.snapshot_locks.lock(snapshot).await;
     let _locks = join_all(new.vms.iter().map(|vm| app.locks.lock(&vm.id))).await;
+    let place = app.places.take().await?;
     let account = app.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
-    let idempotency =
-        idempotent.map(|request| Idempotency { key: &request.key, request_sha256: request.request_sha256 });
-    let clones = match app.store.fork_insert(&new, &account.quota, idempotency).await? {
+    let clones = match app.store.fork_insert(&new, &account.quota, idempotent.map(Into::into)).await? {
         Forked::New(clones) => clones,
-        Forked::Replay(clones) => {
+        other => {
             drop((place, source_lock));
-            return replay(app, caller, clones).await;
+            return answer_to(app, caller, other).await;
         }
-        Forked::KeyReused => return Err(AppError::key_reused()),
-        Forked::OverQuota(over) => return Err(AppError::OverQuota(over)),
     };
     tracing::info!(vm_id = %id, clones = clones.len(), "forking VM {id}");
     fault::point("after_fork_insert");
@@ -97,7 +109,16 @@ async fn fork(
             }
         }
     }
-    made
+    made.map(Attempt::Made)
+}
+
+async fn answer_to(app: &App, caller: &Caller, forked: Forked) -> Result<Attempt<Vec<Vm>>, AppError> {
+    match forked {
+        Forked::New(clones) => Ok(Attempt::Made(clones)),
+        Forked::Replay(clones) => replay(app, caller, clones).await,
+        Forked::KeyReused => Err(AppError::key_reused()),
+        Forked::OverQuota(over) => Err(AppError::OverQuota(over)),
+    }
 }
 
 fn new_fork(app: &App, source: &Vm, request: &ForkRequest) -> NewFork {
@@ -164,7 +185,7 @@ async fn mark_gone(app: &App, clone: &Vm, end: &EndReport) -> Result<(), AppErro
 }
 
 /// Waits for the request that came first, and answers as it did.
-async fn replay(app: &App, caller: &Caller, first: Vec<Vm>) -> Result<Vec<Vm>, AppError> {
+async fn replay(app: &App, caller: &Caller, first: Vec<Vm>) -> Result<Attempt<Vec<Vm>>, AppError> {
     let vm = &app.config.vm;
     let patience = vm.snapshot_timeout + vm.start_timeout + app.config.limits.create_wait;
     let settled = async {
@@ -183,9 +204,9 @@ async fn replay(app: &App, caller: &Caller, first: Vec<Vm>) -> Result<Vec<Vm>, A
         message: "the first request with this Idempotency-Key is still in progress; try again shortly".into(),
     })??;
     match clones.iter().find(|clone| clone.started_at.is_none()) {
-        Some(Vm { end: Some(end), .. }) => Err(AppError::Boot(end.clone())),
+        Some(Vm { end: Some(end), .. }) => Ok(Attempt::FirstFailed(end.clone())),
         Some(_) => Err(AppError::NotFound("VM")),
-        None => Ok(clones),
+        None => Ok(Attempt::Made(clones)),
     }
 }
 

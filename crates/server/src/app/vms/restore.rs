@@ -15,10 +15,15 @@ use crate::{
 };
 
 /// The record of a VM that is made of a snapshot, if the request agrees with what was saved.
-pub(super) async fn new_vm(app: &App, caller: &Caller, id: &SnapshotId, request: VmRequest) -> Result<NewVm, AppError> {
+pub(super) async fn new_vm(
+    app: &App,
+    caller: &Caller,
+    id: &SnapshotId,
+    request: &VmRequest,
+) -> Result<NewVm, AppError> {
     can_snapshot(app)?;
     let snapshot = find(app, caller, id).await?;
-    agree(&snapshot, &request)?;
+    agree(&snapshot, request)?;
     Ok(NewVm {
         id: VmId::random(),
         account_id: snapshot.account_id,
@@ -27,7 +32,7 @@ pub(super) async fn new_vm(app: &App, caller: &Caller, id: &SnapshotId, request:
         engine: app.engine.name(),
         isolation: app.engine.isolation(),
         size: snapshot.size,
-        egress: request.egress,
+        egress: request.egress.clone(),
         provision_mode: ProvisionMode::Snapshot,
         snapshot_id: Some(snapshot.id),
     })

@@ -19,9 +19,8 @@ pub(crate) async fn vm_start(app: &Arc<App>, caller: &Caller, id: &VmId) -> Resu
     caller.require(Scope::Write)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
     app.run(async move {
-        able(&find(&work, &caller, &id).await?, VmEvent::Start)?;
-        let _place = work.places.take().await?;
         let (_lock, vm) = hold(&work, &caller, &id, VmEvent::Start).await?;
+        let _place = work.places.take().await?;
         let account = work.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
         match work.store.vm_start_reserve(&id, vm.state, &account.quota).await? {
             Reserve::Reserved(starting) => {
