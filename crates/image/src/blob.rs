@@ -15,6 +15,7 @@ use std::{
     io::{self, Read, Seek, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     sync::atomic::{AtomicU64, Ordering},
+    time::SystemTime,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -217,13 +218,20 @@ impl Incoming {
         &self.path
     }
 
-    /// Hashes what was written, makes it durable and gives it its name. A blob of the same bytes is replaced.
+    /// Hashes what was written, makes it durable and gives it its name. A blob of the same bytes that is here already stays,
+    /// as it may be mounted, and is as young as a new one; only one that was cut short is replaced.
     ///
     /// # Errors
     /// When the disk fails or is full; nothing is left then.
     pub fn commit(mut self) -> Result<Blob, BlobError> {
         let blob = self.settle().map_err(BlobError::io(&self.path))?;
         let (target, dir) = (self.store.path(&blob.digest), &self.store.dir);
+        match keep(&target, blob.size_bytes) {
+            // Dropping this removes what was written.
+            Ok(true) => return Ok(blob),
+            Ok(false) => {}
+            Err(error) => return Err(BlobError::io(&target)(error)),
+        }
         fs::rename(&self.path, &target).map_err(BlobError::io(&target))?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(BlobError::io(dir))?;
         Ok(blob)
@@ -259,6 +267,20 @@ fn hash(file: &mut File) -> io::Result<Blob> {
         size_bytes += read as u64;
     }
     Ok(Blob { digest: Digest::from_sha256(hasher.finalize().into()), size_bytes })
+}
+
+/// Whether there is a whole blob under that name; it is marked as new.
+fn keep(target: &Utf8Path, size_bytes: u64) -> io::Result<bool> {
+    let known = match File::open(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        opened => opened?,
+    };
+    if known.metadata()?.len() != size_bytes {
+        return Ok(false);
+    }
+    known.set_modified(SystemTime::now())?;
+    // Removed meanwhile.
+    Ok(known.metadata()?.nlink() > 0)
 }
 
 fn remove_if_there(path: &Utf8Path) -> io::Result<()> {

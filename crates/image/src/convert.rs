@@ -180,7 +180,13 @@ impl Converter {
         fs::remove_file(upload).map_err(host)?;
         enough_room(work, limits, unpacked.bytes)?;
         let incoming = store.incoming()?;
-        erofs::make(&root, incoming.path())?;
+        erofs::make(&root, unpacked.bytes, incoming.path()).map_err(|error| match error {
+            ErofsError::Tool(ToolError::TooSlow { limit, .. }) => ConvertError::Refused(format!(
+                "writing the image took longer than {} s, the most that is given to one of its size",
+                limit.as_secs()
+            )),
+            other => other.into(),
+        })?;
         Ok(Converted { blob: incoming.commit()?, unpacked })
     }
 }
@@ -273,13 +279,15 @@ fn read(
     let host = |error: io::Error| Unreadable::Host(error.to_string());
     let file = File::open(upload).map_err(host)?;
     let mut root = root;
+    // What makes the image of the folder sees its files below the folder's own path.
+    let before = root.canonicalize().map_err(host)?.as_os_str().len();
     if confined {
         confine::confine(root, limits).map_err(|error| Unreadable::Host(format!("{CANT_CONFINE}: {error}")))?;
         root = Path::new("/");
     }
     let seen = file.try_clone().map_err(host)?;
     match Filesystem::open(file) {
-        Ok(filesystem) => unpack::unpack(&filesystem, root, limits, tell),
+        Ok(filesystem) => unpack::unpack(&filesystem, root, before, limits, tell),
         Err(error @ Ext4Error::Unsupported(_)) => Err(match recognise::something_else(&seen).map_err(host)? {
             Some(what) => Unreadable::Refused(format!("this is no ext4 filesystem: {what}")),
             None => error.into(),

@@ -211,7 +211,7 @@ fn build(
 
     let blob = timed("the image", Step::Writing, progress, || {
         let incoming = store.incoming()?;
-        erofs::make(&root, incoming.path())?;
+        erofs::make(&root, rootfs_bytes, incoming.path())?;
         Ok::<_, BuildError>(incoming.commit()?)
     })?;
     Ok(DefaultImage {
@@ -279,6 +279,12 @@ fn lock(images: &Utf8Path, progress: &(dyn Fn(Step) + Sync)) -> Result<File, Bui
             }
         }
     }
+}
+
+/// Whether an image is being built below this data folder now, by whichever process.
+pub fn is_building(data_dir: &Utf8Path) -> bool {
+    let locked = File::open(data_dir.join("images/build.lock")).map(|file| file.try_lock());
+    matches!(locked, Ok(Err(fs::TryLockError::WouldBlock)))
 }
 
 /// The default image that was built last below this data folder, by whichever recipe; its blob may be gone.
@@ -362,6 +368,7 @@ mod tests {
     fn a_second_build_waits_for_the_first() {
         let (_folder, data_dir, image) = data_dir_with_image();
         let held = Mutex::new(Some(lock(&data_dir.join("images"), &|_| {}).unwrap()));
+        assert!(is_building(&data_dir));
         let steps = Mutex::new(Vec::new());
         let found = build_default(&options(&data_dir), &|step| {
             if step == Step::Waiting {
@@ -371,6 +378,7 @@ mod tests {
         });
         assert_eq!(found.unwrap(), image);
         assert_eq!(*steps.lock().unwrap(), [Step::Waiting, Step::Found]);
+        assert!(!is_building(&data_dir));
     }
 
     #[test]

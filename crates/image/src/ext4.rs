@@ -66,6 +66,11 @@ impl Filesystem {
         self.superblock.block_size
     }
 
+    /// Bytes of the whole filesystem.
+    pub fn bytes(&self) -> u64 {
+        self.superblock.bytes()
+    }
+
     /// Fills `buffer` from a place in the filesystem's own bytes.
     ///
     /// # Errors

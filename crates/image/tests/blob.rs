@@ -1,7 +1,10 @@
 //! The blob store's promises: whole or absent, checked, swept.
 #![allow(clippy::unwrap_used)] // A failure of the set-up is a failure of the test.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use tiffin_image::blob::{BlobError, BlobStore};
@@ -42,8 +45,28 @@ fn a_blob_is_named_after_its_bytes_and_read_only() {
 fn the_same_bytes_twice_are_one_blob() {
     let (_folder, dir, store) = store();
     let source = file(&dir, b"twice");
-    assert_eq!(store.put_file(&source).unwrap(), store.put_file(&source).unwrap());
+    let blob = store.put_file(&source).unwrap();
+    let path = store.path(&blob.digest);
+    let first = fs::metadata(&path).unwrap();
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    fs::File::open(&path).unwrap().set_modified(long_ago).unwrap();
+    assert_eq!(store.put_file(&source).unwrap(), blob);
     assert_eq!(names(&dir).len(), 1);
+    let second = fs::metadata(&path).unwrap();
+    assert_eq!(second.ino(), first.ino(), "who has mounted it has what is there");
+    assert!(second.modified().unwrap() >= first.modified().unwrap(), "it is young again");
+}
+
+#[test]
+fn one_that_was_cut_short_is_replaced_by_its_bytes() {
+    let (_folder, dir, store) = store();
+    let source = file(&dir, b"whole");
+    let blob = store.put_file(&source).unwrap();
+    let path = store.path(&blob.digest);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(&path, b"who").unwrap();
+    assert_eq!(store.put_file(&source).unwrap(), blob);
+    assert_eq!(store.verify(&blob.digest).unwrap(), blob);
 }
 
 #[test]

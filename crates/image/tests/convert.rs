@@ -280,7 +280,19 @@ fn a_tree_beyond_the_limits_is_refused_before_it_fills_the_disk() {
     nix::unistd::chdir("/").unwrap();
     let upload = place.dir.join("upload");
     run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d", root.as_str(), upload.as_str(), "16M"]));
-    assert!(refusal(place.convert(&upload, &LIMITS)).contains("a path has more than 4095 bytes"));
+    assert!(refusal(place.convert(&upload, &LIMITS)).contains("a path has more than "));
+}
+
+#[test]
+fn a_folder_larger_than_its_filesystem_is_refused_before_it_is_read() {
+    let place = Place::new();
+    fs::create_dir_all(place.dir.join("tree/folder")).unwrap();
+    let upload = place.filesystem(&["-t", "ext2", "-b", "1024"], "8M");
+    tamper(&upload, "set_inode_field folder size 1073741824");
+    // Beyond three levels of pointers, each block of which may be the same.
+    tamper(&upload, "set_inode_field folder block[TIND] 100");
+    let refused = refusal(place.convert(&upload, &LIMITS));
+    assert!(refused.contains("folders are larger than the filesystem"), "{refused}");
 }
 
 /// Lets `debugfs` change a filesystem.

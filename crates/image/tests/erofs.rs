@@ -35,7 +35,7 @@ fn modes_links_and_bytes_survive() {
     let dir = Utf8Path::from_path(folder.path()).unwrap();
     let (root, image, out) = (tree(dir), dir.join("image"), dir.join("out"));
     fs::write(&image, b"").unwrap();
-    erofs::make(&root, &image).unwrap();
+    erofs::make(&root, 1 << 20, &image).unwrap();
     assert_eq!(fs::metadata(&image).unwrap().len() % 4096, 0);
 
     extracted(&image, &out);
@@ -59,7 +59,7 @@ fn the_same_tree_made_twice_is_one_blob() {
     let digests = ["first", "second"].map(|name| {
         let parent = dir.join(name);
         let incoming = store.incoming().unwrap();
-        erofs::make(&tree(&parent), incoming.path()).unwrap();
+        erofs::make(&tree(&parent), 1 << 20, incoming.path()).unwrap();
         incoming.commit().unwrap().digest
     });
     assert_eq!(digests[0], digests[1]);
@@ -71,7 +71,7 @@ fn the_reason_of_a_failure_is_the_tools_own() {
     let folder = tempfile::tempdir().unwrap();
     let dir = Utf8Path::from_path(folder.path()).unwrap();
     fs::write(dir.join("image"), b"").unwrap();
-    let error = erofs::make(&dir.join("absent"), &dir.join("image")).unwrap_err();
+    let error = erofs::make(&dir.join("absent"), 0, &dir.join("image")).unwrap_err();
     let erofs::ErofsError::Tool(ToolError::Failed { stderr, .. }) = error else { panic!("{error}") };
     assert!(stderr.contains("No such file"), "{stderr}");
 }

@@ -108,7 +108,7 @@ pub enum ImageDeleted {
         /// Snapshots.
         snapshots: i64,
     },
-    /// It is somebody's default image, or everybody's; nothing was done.
+    /// It is everybody's default image, or an account's own image and its default; nothing was done.
     IsDefault,
     /// Something is being uploaded to it; nothing was done.
     Uploading,
@@ -170,7 +170,8 @@ impl Store {
         Ok(images)
     }
 
-    /// Removes the record of an image that nothing is made of and that is nobody's default. In one transaction; the check
+    /// Removes the record of an image that nothing is made of and that isn't the default. Accounts whose default is a
+    /// shared image follow everybody's again, or anybody could keep it for ever. In one transaction; the check
     /// of the VMs holds against creates only while the caller lets none read the image's record.
     pub async fn image_delete(&self, id: &ImageId) -> Result<ImageDeleted, StoreError> {
         let mut tx = self.pool.begin().await?;
@@ -287,7 +288,8 @@ fn image_from(row: &AnyRow) -> Result<Image, StoreError> {
 async fn delete_checked(id: &ImageId, tx: &mut AnyConnection) -> Result<ImageDeleted, StoreError> {
     // The first statement writes, as every transaction's does, and keeps uploads and defaults from beginning meanwhile.
     let statement = sqlx::query(
-        "UPDATE images SET created_at = created_at WHERE id = $1 RETURNING id, digest, kernel_digest, upload",
+        "UPDATE images SET created_at = created_at WHERE id = $1
+         RETURNING id, account_id, digest, kernel_digest, upload",
     )
     .bind(id.as_str());
     let Some(row) = returned(statement, &mut *tx).await? else { return Ok(ImageDeleted::Absent) };
@@ -300,9 +302,10 @@ async fn delete_checked(id: &ImageId, tx: &mut AnyConnection) -> Result<ImageDel
              (SELECT COUNT(*) FROM vms WHERE image_id = $1 AND state <> 'DELETED') AS vms,
              (SELECT COUNT(*) FROM snapshots WHERE image_id = $1) AS snapshots,
              (SELECT COUNT(*) FROM default_image WHERE image_id = $1)
-                 + (SELECT COUNT(*) FROM account_default_images WHERE image_id = $1) AS defaults",
+                 + (SELECT COUNT(*) FROM account_default_images WHERE image_id = $1 AND account_id = $2) AS defaults",
     )
     .bind(id.as_str())
+    .bind(fields.text_if_any("account_id")?.unwrap_or_default())
     .fetch_one(&mut *tx)
     .await?;
     let users = Fields::new("users of an image", &users);
@@ -314,6 +317,7 @@ async fn delete_checked(id: &ImageId, tx: &mut AnyConnection) -> Result<ImageDel
         return Ok(ImageDeleted::IsDefault);
     }
     let blobs = [fields.parsed_if_any("digest")?, fields.parsed_if_any("kernel_digest")?];
+    sqlx::query("DELETE FROM account_default_images WHERE image_id = $1").bind(id.as_str()).execute(&mut *tx).await?;
     sqlx::query("DELETE FROM images WHERE id = $1").bind(id.as_str()).execute(tx).await?;
     Ok(ImageDeleted::Deleted(blobs.into_iter().flatten().collect()))
 }

@@ -25,7 +25,7 @@ use nix::{
 use super::{Limits, Unpacked, Unreadable};
 use crate::ext4::{Entry, Ext4Error, Filesystem, Inode, Kind, ROOT};
 
-/// The longest path that programs can use.
+/// The longest path that programs can use, and what makes the image is one.
 const PATH_BYTES: usize = 4095;
 const CHUNK: usize = 1 << 20;
 /// Free space is looked at each time that so many bytes were written.
@@ -33,10 +33,11 @@ const LOOK_EVERY: u64 = 64 << 20;
 /// Progress is told each time that so many entries were made.
 const TELL_EVERY: u64 = 500;
 
-/// Writes all files of `filesystem` into the folder `root`, which is empty.
+/// Writes all files of `filesystem` into the folder `root`, which is empty. Others see it below a path of so many bytes.
 pub(super) fn unpack(
     filesystem: &Filesystem,
     root: &Path,
+    before: usize,
     limits: &Limits,
     tell: &mut dyn FnMut(Unpacked),
 ) -> Result<Unpacked, Unreadable> {
@@ -45,6 +46,9 @@ pub(super) fn unpack(
         limits,
         tell,
         done: Unpacked::default(),
+        root_bytes: root.as_os_str().len(),
+        path_bytes: PATH_BYTES.saturating_sub(before),
+        folder_bytes: 0,
         unchecked: u64::MAX,
         linked: HashMap::new(),
         folders: HashSet::from([ROOT]),
@@ -70,6 +74,12 @@ struct Unpack<'a> {
     limits: &'a Limits,
     tell: &'a mut dyn FnMut(Unpacked),
     done: Unpacked,
+    /// The length of the root folder's path here.
+    root_bytes: usize,
+    /// The longest path below it that is taken.
+    path_bytes: usize,
+    /// Bytes of the folders that were read.
+    folder_bytes: u64,
     /// Bytes written since free space was looked at.
     unchecked: u64,
     /// Where files with several names were made, by inode.
@@ -82,6 +92,11 @@ struct Unpack<'a> {
 impl Unpack<'_> {
     /// Makes what a folder names; folders in it are made empty and added to `pending`.
     fn folder(&mut self, path: &Path, inode: &Inode, pending: &mut Vec<(PathBuf, Inode)>) -> Result<(), Unreadable> {
+        // Folders have no holes and share no blocks. One that says so may name one block over and over.
+        self.folder_bytes = self.folder_bytes.saturating_add(inode.size);
+        if self.folder_bytes > self.filesystem.bytes() {
+            return Err(Ext4Error::Damaged("its folders are larger than the filesystem".into()).into());
+        }
         let (mut entries, room) = (Vec::new(), self.limits.entries - self.done.entries.min(self.limits.entries));
         self.filesystem.entries(inode, &mut |entry| {
             if entries.len() as u64 >= room {
@@ -101,8 +116,14 @@ impl Unpack<'_> {
 
     fn entry(&mut self, folder: &Path, entry: Entry, pending: &mut Vec<(PathBuf, Inode)>) -> Result<(), Unreadable> {
         let path = folder.join(OsStr::from_bytes(&entry.name));
-        if path.as_os_str().len() > PATH_BYTES {
-            return Err(Unreadable::refused(format!("a path has more than {PATH_BYTES} bytes")));
+        // Below `/` the path has one separator, which is the root's own.
+        let inside = path.as_os_str().len() - self.root_bytes + usize::from(self.root_bytes == 1);
+        if inside > self.path_bytes {
+            return Err(Unreadable::refused(format!(
+                "a path has more than {} bytes, the longest that is taken: `{}...`",
+                self.path_bytes,
+                String::from_utf8_lossy(&entry.name[..entry.name.len().min(32)])
+            )));
         }
         let inode = self.filesystem.inode(entry.inode)?;
         self.done.entries += 1;

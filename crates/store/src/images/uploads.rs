@@ -67,9 +67,10 @@ impl Store {
         Ok(done.rows_affected() == 1)
     }
 
-    /// Writes down that an upload came to nothing, and why.
+    /// Writes down that an upload came to nothing, and why. Nothing of one that ended already.
     pub async fn image_upload_failed(&self, id: &ImageId, why: &str) -> Result<(), StoreError> {
-        let statement = sqlx::query("UPDATE images SET upload = NULL, upload_error = $2 WHERE id = $1");
+        let statement =
+            sqlx::query("UPDATE images SET upload = NULL, upload_error = $2 WHERE id = $1 AND upload IS NOT NULL");
         // Postgres has no NUL in texts.
         statement.bind(id.as_str()).bind(why.replace('\0', "?")).execute(&self.pool).await?;
         Ok(())
@@ -95,7 +96,8 @@ impl Store {
             quota::lock_account(account, &mut tx).await?;
         }
         let before = sqlx::query(
-            "UPDATE images SET upload = NULL WHERE id = $1 RETURNING id, digest, kernel_digest, size_bytes, kernel_bytes",
+            "UPDATE images SET upload = NULL, upload_error = NULL WHERE id = $1
+             RETURNING id, digest, kernel_digest, size_bytes, kernel_bytes",
         );
         let before = returned(before.bind(id.as_str()), &mut *tx).await?;
         let Some(before) = before else { return Err(StoreError::Conflict(format!("no image {id}"))) };

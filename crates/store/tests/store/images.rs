@@ -198,3 +198,46 @@ pub(crate) async fn an_image_that_is_used_a_default_or_uploaded_to_is_not_delete
     assert_eq!(delete().await, ImageDeleted::Absent);
     assert_eq!(store.digests_in_use().await.unwrap(), []);
 }
+
+pub(crate) async fn a_shared_image_goes_whoever_chose_it_and_an_own_default_does_not(db: Db) {
+    let store = db.open().await;
+    let ada = account(&store, "ada").await;
+    let (everybodys, chosen) =
+        (store.image_insert(new_image(None, 1)).await.unwrap(), store.image_insert(new_image(None, 2)).await.unwrap());
+    store.image_set_default(&everybodys.id).await.unwrap();
+    assert!(store.image_set_default_of(&ada.id, &chosen.id).await.unwrap());
+    assert_eq!(store.image_delete(&chosen.id).await.unwrap(), ImageDeleted::Deleted(vec![digest(2)]));
+    assert_eq!(store.image_default_of(&ada.id).await.unwrap().unwrap().id, everybodys.id);
+    assert_eq!(store.image_delete(&everybodys.id).await.unwrap(), ImageDeleted::IsDefault);
+}
+
+pub(crate) async fn choosing_an_image_that_is_being_deleted_is_no_failure(db: Db) {
+    let (one, other) = (db.open().await, db.open().await);
+    let ada = account(&one, "ada").await;
+    for number in 0..8 {
+        let image = one.image_insert(new_image(None, number)).await.unwrap();
+        race([&one, &other], 4, |store, number| {
+            let (id, account) = (image.id.clone(), ada.id.clone());
+            async move {
+                if number % 2 == 0 {
+                    store.image_delete(&id).await.unwrap();
+                } else {
+                    store.image_set_default_of(&account, &id).await.unwrap();
+                }
+            }
+        })
+        .await;
+        assert_eq!(one.image_get(&ada.id, &image.id).await.unwrap(), None);
+        assert_eq!(one.image_default_of(&ada.id).await.unwrap(), None);
+    }
+}
+
+pub(crate) async fn an_upload_that_has_ended_well_does_not_fail_later(db: Db) {
+    let store = db.open().await;
+    let ada = account(&store, "ada").await;
+    let image = empty(&store, &ada.id).await.unwrap();
+    store.image_upload_begin(&image.id, Upload::Rootfs).await.unwrap();
+    store.image_upload_finish(&image.id, Some(&ada.id), &ROOM, &rootfs(2, 1)).await.unwrap().unwrap();
+    store.image_upload_failed(&image.id, "nobody works on it").await.unwrap();
+    assert_eq!(store.image_get(&ada.id, &image.id).await.unwrap().unwrap().upload_error, None);
+}

@@ -88,6 +88,9 @@ cases! {
         an_accounts_images_are_bounded_in_number_and_bytes,
         an_accounts_own_default_goes_before_everybodys,
         an_image_that_is_used_a_default_or_uploaded_to_is_not_deleted,
+        a_shared_image_goes_whoever_chose_it_and_an_own_default_does_not,
+        choosing_an_image_that_is_being_deleted_is_no_failure,
+        an_upload_that_has_ended_well_does_not_fail_later,
     }
     vms {
         a_new_vm_reads_back_to_its_own_account_alone,
