@@ -305,25 +305,21 @@ async fn a_fork_can_be_repeated_with_its_key_when_its_source_is_gone() -> Result
 }
 
 #[tokio::test]
-async fn a_fork_that_waited_for_a_first_one_without_room_makes_the_clones_itself() -> Result<()> {
-    let server = Server::start_cold().await?;
+async fn a_fork_that_waited_for_a_first_one_that_failed_for_now_makes_the_clones_itself() -> Result<()> {
+    let server = Server::start_with(&[("vm.snapshot_timeout_ms", "1000")]).await?;
     let source = server.vm().await?;
-    server.fake.set_capacity(1);
     server.fake.hold(Call::SnapshotSave);
-    let first = fork_with_key(&server, &source, "k", json!({ "count": 1 }));
+    let first = async {
+        let first = fork_with_key(&server, &source, "k", json!({ "count": 1 })).await;
+        server.fake.release(Call::SnapshotSave);
+        first
+    };
     let second = async {
-        until("it is saved", async || Ok(server.fake.saves() == 1)).await?;
-        let second = fork_with_key(&server, &source, "k", json!({ "count": 1 }));
-        let release = async {
-            server.get(&source).await?.ok(200);
-            server.fake.release(Call::SnapshotSave);
-            anyhow::Ok(())
-        };
-        let (second, released) = tokio::join!(second, release);
-        released.and(second)
+        until("the first is saved", async || Ok(server.fake.saves() == 1)).await?;
+        fork_with_key(&server, &source, "k", json!({ "count": 1 })).await
     };
     let (first, second) = tokio::join!(first, second);
-    first?.refused(503, "no_capacity");
-    second?.refused(503, "no_capacity");
-    nothing_left(&server, &source).await
+    first?.refused(503, "snapshot_timeout");
+    second?.ok(201);
+    Ok(())
 }
