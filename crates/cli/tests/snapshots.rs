@@ -294,6 +294,11 @@ async fn a_snapshot_that_is_not_as_it_was_saved_is_refused_by_name() {
     host.engine.destroy(&id).await.unwrap();
 }
 
+/// Does what it was asked for.
+fn real_engine() -> String {
+    format!("{} \"$@\"", harness::required("TIFFIN_RUNSC").display())
+}
+
 /// `runsc`, but for what `first` does before it.
 fn engine_that(host: &Host, first: &str) -> PathBuf {
     let path = host.config.data_dir.join("runsc-that");
@@ -393,8 +398,8 @@ async fn a_save_whose_server_is_gone_ends_and_is_no_snapshot() {
     // As a server that is killed the moment after it asked.
     let mut monitor = UnixStream::connect(host.folder(&id).join("monitor.sock")).unwrap();
     writeln!(monitor, "{}", serde_json::json!({ "ask": "save", "into": folder })).unwrap();
-    drop(monitor);
     eventually("the monitor saves", async || folder.join("memory").exists()).await;
+    drop(monitor);
     assert_eq!(host.engine.snapshot_list().await.unwrap(), []);
     let seen = host.restart().await;
     assert_eq!(seen, [(id.clone(), Observed::Running)]);
@@ -429,6 +434,62 @@ async fn a_monitor_that_is_killed_while_it_saves_leaves_a_vm_that_starts_again()
     assert_eq!(harness::leftovers(&host, std::slice::from_ref(&id)), Vec::<String>::new());
     host.engine.start(&id).await.unwrap();
     assert_eq!(sh(&*host.engine, &id, "cat /workspace/file").await.stdout, "kept\n");
+    host.engine.destroy(&id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_pause_failed_after_it_took_effect_goes_on() {
+    let mut host = Host::new().await;
+    host.config.runsc = engine_that(&host, &format!("case \"$*\" in *' pause '*) {}; exit 1;; esac", real_engine()));
+    host.restart().await;
+    let id = host.running_as(small(&host)).await;
+    assert!(host.engine.pause(&id).await.is_err());
+    assert_eq!(host.engine.observe(&id).await, Observed::Running);
+    assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
+    assert!(host.engine.snapshot_save(&id, &SnapshotId::random()).await.is_err());
+    assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
+    host.engine.destroy(&id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_can_not_go_on_ends_and_does_not_seem_to_run() {
+    let mut host = Host::new().await;
+    let real = real_engine();
+    let broken = format!("case \"$*\" in *' pause '*) {real}; exit 1;; *' resume '*) exit 1;; esac");
+    host.config.runsc = engine_that(&host, &broken);
+    host.restart().await;
+    let id = host.running_as(small(&host)).await;
+    assert!(host.engine.pause(&id).await.is_err());
+    let ended = tokio::time::timeout(Duration::from_secs(60), host.engine.next_end()).await.unwrap();
+    assert_eq!((ended.id, ended.report.reason), (id.clone(), EndReason::EngineLost));
+    host.engine.destroy(&id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_a_save_to_give_up_and_the_guest_ends_in_order() {
+    let mut host = Host::new().await;
+    let go = host.config.data_dir.join("go");
+    let holds = format!("case \"$*\" in *checkpoint*) while [ ! -e {} ]; do sleep 0.05; done;; esac", go.display());
+    host.config.runsc = engine_that(&host, &holds);
+    host.restart().await;
+    let id = host.running_as(small(&host)).await;
+    let snapshot = SnapshotId::random();
+    let saving = {
+        let (engine, id, snapshot) = (host.engine.clone(), id.clone(), snapshot.clone());
+        tokio::task::spawn(async move { engine.snapshot_save(&id, &snapshot).await })
+    };
+    eventually("the save is under way", async || snapshot_folder(&host, &snapshot).join("memory").exists()).await;
+    let stopping = {
+        let (engine, id) = (host.engine.clone(), id.clone());
+        tokio::task::spawn(async move { engine.stop(&id, Duration::from_secs(60)).await })
+    };
+    // The monitor answers beside both.
+    assert_eq!(host.engine.observe(&id).await, Observed::Running);
+    fs::write(&go, "").unwrap();
+    assert_eq!(stopping.await.unwrap().unwrap().reason, EndReason::Requested);
+    let _ = saving.await.unwrap();
+    let log = engine_log(&host, &id).await;
+    assert!(!log.contains("killed"), "{log}");
     host.engine.destroy(&id).await.unwrap();
 }
 

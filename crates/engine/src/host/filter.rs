@@ -95,7 +95,7 @@ pub fn gateway_rules(policy: &EgressPolicy, host: &[IpAddr]) -> String {
         " chain denied {{
   limit rate 50/second burst 100 packets log group {DENIED_GROUP} snaplen 128
   counter
-  meta l4proto tcp limit rate 50/second burst 100 packets reject with tcp reset
+  meta l4proto tcp reject with tcp reset
   limit rate 50/second burst 100 packets reject with icmpx type admin-prohibited
   drop
  }}
@@ -234,9 +234,33 @@ pub fn open_host(id: &VmId, policy: &EgressPolicy) -> Result<(), ToolError> {
 }
 
 /// Takes back what [`open_host`] opened; nothing there is fine.
-pub fn close_host(id: &VmId, policy: &EgressPolicy) {
-    // What isn't there can't be deleted, and the interface that it names is gone in any case.
-    let _ = change_host("delete", id, policy);
+///
+/// # Errors
+/// What `nft` said.
+pub fn close_host(id: &VmId, policy: &EgressPolicy) -> Result<(), ToolError> {
+    // `add` first makes the `delete` succeed whether or not the entry was there.
+    change_host("add", id, policy).and_then(|()| change_host("delete", id, policy))
+}
+
+/// Takes back all that [`open_host`] ever opened for the VM, where the host's table is there.
+///
+/// # Errors
+/// What `nft` said.
+pub fn close_host_wholly(id: &VmId) -> Result<(), ToolError> {
+    let mut script = String::new();
+    for set in ["host_allowed4", "host_allowed6"] {
+        let listed = nft(&format!("list set inet {HOST_TABLE} {set}")).unwrap_or_default();
+        for entry in entries_of(&listed, &host_link(id)) {
+            let _ = writeln!(script, "delete element inet {HOST_TABLE} {set} {{ {entry} }}");
+        }
+    }
+    if script.is_empty() { Ok(()) } else { nft(&script).map(drop) }
+}
+
+/// The entries of a listed set that begin with `link`.
+fn entries_of<'a>(listed: &'a str, link: &str) -> Vec<&'a str> {
+    let beginning = format!("\"{link}\" . ");
+    listed.split(['{', ',', '}']).map(str::trim).filter(|entry| entry.starts_with(&beginning)).collect()
 }
 
 fn change_host(verb: &str, id: &VmId, policy: &EgressPolicy) -> Result<(), ToolError> {
@@ -312,6 +336,23 @@ mod tests {
         for rule in gateway_rules(&policy, &[]).lines().filter(|rule| rule.contains("established")) {
             assert!(rule.contains("direction reply") || rule.trim() == "ct state != established drop", "{rule}");
         }
+    }
+
+    #[test]
+    fn a_vms_entries_are_told_from_anothers() {
+        let listed = "table inet tiffin {\n\tset host_allowed4 {\n\t\ttype ifname . ipv4_addr\n\t\telements = { \"tfa\" . 10.0.0.1,\n\t\t\t     \"tfb\" . 10.0.0.2, \"tfa\" . 10.0.0.3 }\n\t}\n}\n";
+        assert_eq!(entries_of(listed, "tfa"), ["\"tfa\" . 10.0.0.1", "\"tfa\" . 10.0.0.3"]);
+        assert_eq!(entries_of(listed, "tf"), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn every_refused_connection_is_reset_however_many_there_are() {
+        // A retry of a connection that got no answer would come when the guest is about to be saved.
+        let rules = gateway_rules(&EgressPolicy::default(), &[]);
+        let reset = rules.lines().find(|rule| rule.contains("reject with tcp reset")).unwrap();
+        assert!(!reset.contains("limit"), "{reset}");
+        let logged = rules.lines().find(|rule| rule.contains("log group")).unwrap();
+        assert!(logged.contains("limit rate"), "{logged}");
     }
 
     #[test]

@@ -38,6 +38,12 @@ const CT_CLOSE: u8 = 8;
 /// States of a socket of ours (linux/tcp_states.h) whose other end is gone, or never was.
 const SOCKET_OVER: [&str; 3] = ["06", "07", "0A"];
 
+/// From linux/netlink.h: NLM_F_DUMP_INTR.
+const DUMP_INTERRUPTED: u16 = 0x10;
+
+/// How often the table is read before it is taken as too busy.
+const DUMPS: usize = 8;
+
 /// The longest answer of the kernel's at once.
 const MESSAGE: usize = 256 * 1024;
 
@@ -68,6 +74,17 @@ fn has_socket_to(table: &str, guest: Ipv4Addr) -> bool {
 
 /// Whether the filter remembers a connection whose end in the guest is still there.
 fn has_tracked(guest: &[&[u8]]) -> io::Result<bool> {
+    for _ in 0..DUMPS {
+        let dumped = dump_tracked(guest)?;
+        if dumped.open || !dumped.interrupted {
+            return Ok(dumped.open);
+        }
+    }
+    // The table changes all the time: somebody is talking.
+    Ok(true)
+}
+
+fn dump_tracked(guest: &[&[u8]]) -> io::Result<Dumped> {
     // SAFETY: socket(2) gives a new descriptor that nobody else owns, or -1, which is checked.
     let socket = unsafe {
         match libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, NETLINK_NETFILTER) {
@@ -80,14 +97,18 @@ fn has_tracked(guest: &[&[u8]]) -> io::Result<bool> {
     if unsafe { libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    let (mut buffer, mut found) = (vec![0; MESSAGE], false);
+    let (mut buffer, mut dumped) = (vec![0; MESSAGE], Dumped::default());
     loop {
         // SAFETY: recv(2) into a buffer of the length given, on an open socket.
         let received = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
         let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
-        match read_answer(&buffer[..received], guest)? {
-            Answer::More { open } => found |= open,
-            Answer::Last { open } => return Ok(found | open),
+        let (part, is_last) = match read_answer(&buffer[..received], guest)? {
+            Answer::More(part) => (part, false),
+            Answer::Last(part) => (part, true),
+        };
+        dumped = Dumped { open: dumped.open | part.open, interrupted: dumped.interrupted | part.interrupted };
+        if is_last {
+            return Ok(dumped);
         }
     }
 }
@@ -103,31 +124,40 @@ fn dump_request() -> Vec<u8> {
     message
 }
 
+/// What the entries of a dump say.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Dumped {
+    open: bool,
+    /// The table changed meanwhile, so that entries may be missing.
+    interrupted: bool,
+}
+
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
-    More { open: bool },
-    Last { open: bool },
+    More(Dumped),
+    Last(Dumped),
 }
 
 /// Netlink messages, one after the other.
 fn read_answer(mut bytes: &[u8], guest: &[&[u8]]) -> io::Result<Answer> {
-    let mut open = false;
+    let mut dumped = Dumped::default();
     while let Some(header) = bytes.get(..16) {
         let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
         let Some(message) = bytes.get(16..length) else { break };
+        dumped.interrupted |= u16::from_ne_bytes([header[6], header[7]]) & DUMP_INTERRUPTED != 0;
         match u16::from_ne_bytes([header[4], header[5]]) {
             // NLMSG_ERROR
             2 => {
                 let code = message.get(..4).map_or(0, |code| i32::from_ne_bytes([code[0], code[1], code[2], code[3]]));
-                return if code == 0 { Ok(Answer::Last { open }) } else { Err(io::Error::from_raw_os_error(-code)) };
+                return if code == 0 { Ok(Answer::Last(dumped)) } else { Err(io::Error::from_raw_os_error(-code)) };
             }
             // NLMSG_DONE
-            3 => return Ok(Answer::Last { open }),
-            _ => open |= message.get(4..).is_some_and(|entry| is_open(entry, guest)),
+            3 => return Ok(Answer::Last(dumped)),
+            _ => dumped.open |= message.get(4..).is_some_and(|entry| is_open(entry, guest)),
         }
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
-    Ok(Answer::More { open })
+    Ok(Answer::More(dumped))
 }
 
 /// Whether an entry's attributes are those of a TCP connection whose end in the guest is still there: until it is reset
@@ -203,6 +233,19 @@ mod tests {
         }
         assert!(!counts(entry(6, GUEST, CT_CLOSE, (0, 0))));
         assert!(!counts(entry(17, GUEST, 3, (0, 0))), "datagrams are no connection");
+    }
+
+    #[test]
+    fn a_dump_that_was_interrupted_says_so_and_is_no_last_word() {
+        let done = |flags: u16| {
+            let mut bytes = 20u32.to_ne_bytes().to_vec();
+            bytes.extend([3u16, flags].map(u16::to_ne_bytes).concat());
+            bytes.resize(20, 0);
+            bytes
+        };
+        let last = |interrupted| Answer::Last(Dumped { open: false, interrupted });
+        assert_eq!(read_answer(&done(0x2), &[]).unwrap(), last(false));
+        assert_eq!(read_answer(&done(0x2 | DUMP_INTERRUPTED), &[]).unwrap(), last(true));
     }
 
     #[test]

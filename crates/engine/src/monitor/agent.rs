@@ -85,6 +85,11 @@ pub(super) fn become_this(vm: &Vm, old_token: &str, deadline: Instant) -> io::Re
     }
 }
 
+/// Whether the guest runs: one that stands still doesn't answer.
+pub(super) fn answers(vm: &Vm) -> bool {
+    ask(&vm.launch.token, Op::Ping, ANSWER).is_ok()
+}
+
 /// Tells the guest what has changed of its network.
 pub(super) fn tell_network(vm: &Vm) -> io::Result<()> {
     match ask(&vm.launch.token, Op::Renew(renewal(vm, None)), ANSWER)? {

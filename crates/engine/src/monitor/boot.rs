@@ -103,7 +103,7 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
         let opened = prepared
             .and_then(|()| if vm.stop_requested() { Err("stopped while starting".into()) } else { Ok(()) })
             // From here on the guest may write to its disk, which then no longer is that of its saved memory.
-            .and_then(|()| launch::remove(&vm.folder, RESTORE).map_err(|e| step("forgetting the saved memory", e)))
+            .and_then(|()| forget_restore(vm).map_err(|e| step("forgetting the saved memory", e)))
             .and_then(|()| opener.write_all(b"g").map_err(|e| step("opening the gate", e)));
         reached("everything prepared");
         // The engine waits at the gate: closed without a word, it gives up.
@@ -112,9 +112,8 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
         opened.and(engine)
     })?;
     listen_to(vm, &mut child)?;
-    match restore {
-        None => boot_agent(vm, &mut child)?,
-        Some(_) => File::open(&vm.folder).and_then(|dir| dir.sync_all()).map_err(|e| step("the VM's folder", e))?,
+    if restore.is_none() {
+        boot_agent(vm, &mut child)?;
     }
     wait_for_launcher(vm, &mut child, deadline)?;
     reached("engine launched");
@@ -128,6 +127,15 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
     }
     let pid = fs::read_to_string(&pid_file).map_err(|e| step("reading the sandbox's pid", e))?;
     pid.trim().parse().map(Pid::from_raw).map_err(|_| format!("no pid: {pid}"))
+}
+
+/// Not even a power cut may bring the saved memory back once the guest has written to the disk.
+fn forget_restore(vm: &Vm) -> io::Result<()> {
+    if vm.launch.restore.is_none() {
+        return Ok(());
+    }
+    launch::remove(&vm.folder, RESTORE)?;
+    File::open(&vm.folder)?.sync_all()
 }
 
 fn pipe() -> Step<(OwnedFd, OwnedFd)> {
@@ -215,6 +223,10 @@ fn configure_network(vm: &Vm) -> Step<()> {
 pub(super) fn connect_uplink(vm: &Vm, uplink: Uplink, resolvers: &[SocketAddr]) -> Step<()> {
     network::configure_uplink(&vm.launch.spec.id, uplink, &vm.host_namespace, std::process::id())
         .map_err(|e| step("the uplink", e))?;
+    // Another installation that is cleaned away takes the host's table along, unless it sees a link.
+    if let Some(range) = vm.launch.uplinks {
+        on_host(vm, || filter::ensure_host(range)).map_err(|e| format!("the host's filter: {e}"))?;
+    }
     if vm.resolver.get().is_some() {
         return Ok(());
     }
@@ -229,10 +241,11 @@ pub(super) fn on_host<T: Send, E: std::fmt::Display + Send>(
     work: impl FnOnce() -> Result<T, E> + Send,
 ) -> Step<T> {
     thread::scope(|scope| {
-        join(scope.spawn(|| {
+        let spawned = thread::Builder::new().name("host".into()).spawn_scoped(scope, || {
             nix::sched::setns(&vm.host_namespace, CloneFlags::CLONE_NEWNET).map_err(|e| e.to_string())?;
             work().map_err(|e| e.to_string())
-        }))
+        });
+        join(spawned.map_err(|e| step("a thread", e))?)
     })
 }
 

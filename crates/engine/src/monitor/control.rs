@@ -1,7 +1,7 @@
 //! The monitor's socket: one question per connection, answered by a thread of its own.
 //!
 //! Only root can connect (the folder and the socket are root's), so what comes is trusted to be the server's; it is
-//! still bounded.
+//! still bounded: what takes time leaves room for those who ask for the guest's state or its end.
 
 use std::{
     io::{self, BufRead, BufReader, IoSlice, Read, Write},
@@ -9,7 +9,6 @@ use std::{
         fd::AsRawFd,
         unix::net::{UnixListener, UnixStream},
     },
-    process::Command,
     sync::{
         Arc, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -23,13 +22,17 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use super::{
     agent, egress,
     launch::{Ask, Phase, Reply},
-    save,
+    pause, save,
     state::{Vm, Waiter},
 };
-use crate::{gvisor, host::process};
+use crate::host::process::ToolError;
 
 /// Connections at once.
 const MAX_CONNECTIONS: usize = 256;
+/// Connections at once whose answer takes the guest, or another's turn: the rest is for the others.
+const MAX_SLOW: usize = 192;
+/// How long a dial waits while there must be none.
+const DIAL_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a question.
 const MAX_ASK: u64 = 4096;
 /// How often it is looked whether somebody who waits for the guest's end is still there.
@@ -39,33 +42,55 @@ const STOP_MARGIN: Duration = Duration::from_secs(2);
 
 /// Serves the socket from now on, on threads of its own.
 pub(super) fn serve(vm: Arc<Vm>, socket: UnixListener) -> io::Result<()> {
-    let open = Arc::new(AtomicUsize::new(0));
+    let (open, slow) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let accept = move || {
         for connection in socket.incoming().filter_map(Result::ok) {
-            if open.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
-                open.fetch_sub(1, Ordering::SeqCst);
-                continue;
-            }
-            let (vm, counted) = (Arc::clone(&vm), Arc::clone(&open));
+            let Some(counted) = Counted::one_of(&open, MAX_CONNECTIONS) else { continue };
+            let (vm, slow) = (Arc::clone(&vm), Arc::clone(&slow));
             let answer = move || {
+                let _counted = counted;
                 // The server hung up: there is nobody to tell.
-                let _ = serve_one(&vm, connection);
-                counted.fetch_sub(1, Ordering::SeqCst);
+                let _ = serve_one(&vm, &slow, connection);
             };
-            let spawned = thread::Builder::new().name("control".into()).stack_size(128 * 1024).spawn(answer);
-            if spawned.is_err() {
-                open.fetch_sub(1, Ordering::SeqCst);
-            }
+            // A thread that can't be had closes the connection.
+            let _ = thread::Builder::new().name("control".into()).stack_size(128 * 1024).spawn(answer);
         }
     };
     thread::Builder::new().name("accept".into()).stack_size(64 * 1024).spawn(accept).map(drop)
 }
 
-fn serve_one(vm: &Vm, mut connection: UnixStream) -> io::Result<()> {
+/// One of those that are counted, until it is dropped.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn one_of(count: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let one = Self(Arc::clone(count));
+        if count.fetch_add(1, Ordering::SeqCst) < most { Some(one) } else { None }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn is_slow(ask: &Ask) -> bool {
+    match ask {
+        Ask::Dial { .. } | Ask::Pause | Ask::Resume | Ask::Save { .. } | Ask::Egress => true,
+        Ask::Phase | Ask::Watch | Ask::Stop { .. } | Ask::Kill | Ask::Denied => false,
+    }
+}
+
+fn serve_one(vm: &Vm, slow: &Arc<AtomicUsize>, mut connection: UnixStream) -> io::Result<()> {
     connection.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut line = String::new();
     BufReader::new((&connection).take(MAX_ASK)).read_line(&mut line)?;
     let ask: Ask = serde_json::from_str(&line).map_err(io::Error::other)?;
+    let counted = if is_slow(&ask) { Some(Counted::one_of(slow, MAX_SLOW)) } else { None };
+    if matches!(counted, Some(None)) {
+        return say(&mut connection, &Reply::Busy);
+    }
     match ask {
         Ask::Phase => say(&mut connection, &Reply::Phase { phase: vm.phase() }),
         Ask::Watch => watch(vm, &mut connection),
@@ -81,14 +106,17 @@ fn serve_one(vm: &Vm, mut connection: UnixStream) -> io::Result<()> {
             vm.kill_all();
             tell_end(&waiter, &mut connection)
         }
-        Ask::Pause => freeze(vm, &mut connection, Phase::Running, Phase::Paused, gvisor::pause),
-        Ask::Resume => freeze(vm, &mut connection, Phase::Paused, Phase::Running, gvisor::resume),
+        Ask::Pause => freeze(vm, &mut connection, Phase::Running, Phase::Paused, pause::pause),
+        Ask::Resume => {
+            let resume = |vm: &Vm| pause::resume(vm, pause::QUICK);
+            freeze(vm, &mut connection, Phase::Paused, Phase::Running, resume)
+        }
         Ask::Denied => {
             let denied = vm.denied.lock().map(|counts| counts.report()).unwrap_or_default();
             say(&mut connection, &Reply::Denied { denied })
         }
         Ask::Save { into } => {
-            let reply = save::save(vm, &into);
+            let reply = save::save(vm, &into, || hung_up(&connection));
             say(&mut connection, &reply)
         }
         Ask::Egress => {
@@ -155,7 +183,9 @@ fn dial(vm: &Vm, connection: &mut UnixStream, port: u16) -> io::Result<()> {
         return say(connection, &Reply::NotRunning);
     }
     let dialled = {
-        let _allowed = vm.dials.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(_allowed) = vm.dials_until(Instant::now() + DIAL_PATIENCE) else {
+            return say(connection, &Reply::Busy);
+        };
         agent::dial(port)
     };
     match dialled {
@@ -179,10 +209,15 @@ fn dial(vm: &Vm, connection: &mut UnixStream, port: u16) -> io::Result<()> {
 fn stop(vm: &Vm, grace: Duration, waiter: &Waiter) {
     vm.request_stop();
     let deadline = Instant::now() + grace + STOP_MARGIN;
-    if vm.phase() == Phase::Paused && run(vm, gvisor::resume).is_ok() {
+    // Nobody pauses or saves it from here on. A save that is under way gives up at its next step.
+    let alone = vm.tools_until(deadline);
+    let left = deadline.saturating_duration_since(Instant::now());
+    if vm.phase() == Phase::Paused && alone.is_some() && pause::resume(vm, left).is_ok() {
         vm.set_phase(Phase::Running);
     }
-    if vm.phase() == Phase::Running {
+    if alone.is_none() {
+        vm.engine_log.line("the guest was not free to be asked to end within the grace: killed");
+    } else if vm.phase() == Phase::Running {
         match agent::shut_down(vm, grace, grace + STOP_MARGIN) {
             Ok(()) if waiter.wait(Some(deadline)).is_some() => return,
             Ok(()) => vm.engine_log.line("the guest did not end within the grace: killed"),
@@ -197,17 +232,17 @@ fn freeze(
     connection: &mut UnixStream,
     from: Phase,
     to: Phase,
-    command: impl FnOnce(&gvisor::Paths) -> Command,
+    change: impl FnOnce(&Vm) -> Result<(), ToolError>,
 ) -> io::Result<()> {
     let _alone = vm.tools.lock().unwrap_or_else(PoisonError::into_inner);
     let phase = vm.phase();
     if phase == to {
         return say(connection, &Reply::Done);
     }
-    if phase != from {
+    if phase != from || vm.stop_requested() {
         return say(connection, &Reply::NotRunning);
     }
-    match run(vm, command) {
+    match change(vm) {
         Ok(()) => {
             vm.set_phase(to);
             if to == Phase::Running && vm.owes_news() {
@@ -220,9 +255,4 @@ fn freeze(
             refuse(connection, "the engine could not do it")
         }
     }
-}
-
-/// Runs one of the engine's tools.
-pub(super) fn run(vm: &Vm, command: impl FnOnce(&gvisor::Paths) -> Command) -> Result<(), process::ToolError> {
-    process::run(vm.with_paths(command), "").map(drop)
 }

@@ -43,13 +43,17 @@ fn change_in(vm: &Vm, phase: Phase) -> Result<(), String> {
         disconnect(vm);
         return Err(error);
     }
-    if let Err(error) = replace_rules(vm, &old, &new) {
+    let opened = only_in(&new.egress, &old.egress);
+    if let Err(error) = replace_rules(vm, &new, &opened) {
+        close(vm, &opened);
         if old.uplink.is_none() {
             disconnect(vm);
         }
         return Err(error);
     }
+    // The new policy is in force: nothing may fail any more.
     vm.set_reach(new.clone());
+    close(vm, &only_in(&old.egress, &new.egress));
     if old.uplink.is_some() && new.uplink.is_none() {
         disconnect(vm);
     }
@@ -75,22 +79,26 @@ pub(super) fn tell(vm: &Vm) {
     }
 }
 
-fn replace_rules(vm: &Vm, old: &Reach, new: &Reach) -> Result<(), String> {
-    let id = &vm.launch.spec.id;
-    let only_in = |one: &EgressPolicy, other: &EgressPolicy| EgressPolicy {
+/// What `one` lets through to the host itself and `other` doesn't.
+fn only_in(one: &EgressPolicy, other: &EgressPolicy) -> EgressPolicy {
+    EgressPolicy {
         outbound_internet: one.outbound_internet,
         allow: one.allow.iter().filter(|net| !other.outbound_internet || !other.allow.contains(net)).copied().collect(),
-    };
-    if new.uplink.is_some() {
-        let opened = only_in(&new.egress, &old.egress);
-        on_host(vm, || filter::open_host(id, &opened)).map_err(|e| format!("the host's filter: {e}"))?;
     }
-    filter::apply_gateway(&new.egress, &vm.host_addresses).map_err(|e| format!("the packet filter: {e}"))?;
-    let closed = only_in(&old.egress, &new.egress);
-    on_host(vm, || {
-        filter::close_host(id, &closed);
-        Ok::<(), std::convert::Infallible>(())
-    })
+}
+
+fn replace_rules(vm: &Vm, new: &Reach, opened: &EgressPolicy) -> Result<(), String> {
+    if new.uplink.is_some() {
+        on_host(vm, || filter::open_host(&vm.launch.spec.id, opened)).map_err(|e| format!("the host's filter: {e}"))?;
+    }
+    filter::apply_gateway(&new.egress, &vm.host_addresses).map_err(|e| format!("the packet filter: {e}"))
+}
+
+/// Closes on the host what the gateway no longer lets through, or never did.
+fn close(vm: &Vm, closed: &EgressPolicy) {
+    if let Err(error) = on_host(vm, || filter::close_host(&vm.launch.spec.id, closed)) {
+        vm.errors.line(format!("closing the host's filter: {error}"));
+    }
 }
 
 /// Takes the link to the host away. A failure leaves a link that no rule lets anything through.

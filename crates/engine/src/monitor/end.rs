@@ -94,12 +94,11 @@ pub(super) fn finish(vm: &Vm, report: EndReport) {
     if let Err(error) = vm.group.remove() {
         vm.errors.line(format!("removing the control groups: {error}"));
     }
-    let reach = vm.reach();
-    if reach.uplink.is_some() {
-        let _ = on_host(vm, || {
-            filter::close_host(&vm.launch.spec.id, &reach.egress);
-            Ok::<(), std::convert::Infallible>(())
-        });
+    if vm.uplink().is_some() {
+        let closed = on_host(vm, || filter::close_host_wholly(&vm.launch.spec.id));
+        if let Err(error) = closed {
+            vm.errors.line(format!("closing the host's filter: {error}"));
+        }
     }
     if let Err(error) = forget_memory(&vm.folder) {
         vm.errors.line(format!("removing the saved memory: {error}"));

@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tiffin_types::vm::{EndReport, EngineName, VmSpec};
 
@@ -60,6 +61,9 @@ pub struct Launch {
     pub token: String,
     /// How long the guest has to come up, in milliseconds.
     pub boot_timeout_ms: u64,
+    /// The range that the link's addresses are of.
+    #[serde(default)]
+    pub uplinks: Option<Ipv4Net>,
     /// The engine's release; snapshots of this run can be restored by no other.
     #[serde(default)]
     pub engine_version: String,
@@ -163,6 +167,8 @@ pub enum Reply {
     Full,
     /// The guest's phase isn't one for that.
     NotRunning,
+    /// Too much is asked at once, or a save lasts: it may be asked again.
+    Busy,
     /// It can't be done.
     Refused {
         /// Why.

@@ -19,6 +19,7 @@ mod egress;
 mod end;
 pub mod launch;
 pub mod log;
+mod pause;
 mod save;
 mod state;
 

@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{
-        Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
+        Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -32,6 +32,9 @@ use crate::{
         network::{Uplink, has_ipv6},
     },
 };
+
+/// Between two attempts to get a lock.
+const RETRY: Duration = Duration::from_millis(2);
 
 /// The VM, as its monitor knows it.
 pub(super) struct Vm {
@@ -171,6 +174,24 @@ impl Vm {
         }
     }
 
+    /// The right to pause, resume, save or change, or `None` when another has it until the deadline.
+    pub(super) fn tools_until(&self, deadline: Instant) -> Option<MutexGuard<'_, ()>> {
+        until(deadline, || match self.tools.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        })
+    }
+
+    /// The right to connect into the guest, or `None` when there must be no connection until the deadline.
+    pub(super) fn dials_until(&self, deadline: Instant) -> Option<RwLockReadGuard<'_, ()>> {
+        until(deadline, || match self.dials.try_read() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        })
+    }
+
     /// Remembers the kernel's count of memory kills.
     pub(super) fn note_oom_kills(&self) {
         self.oom_kills_before.store(self.group.oom_kills(), Ordering::SeqCst);
@@ -257,6 +278,17 @@ impl Vm {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while holding it leaves plain values, which are still right.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tries until it works, or the deadline has come: the standard library's locks have no time limit.
+fn until<T>(deadline: Instant, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
+    loop {
+        let got = attempt();
+        if got.is_some() || Instant::now() >= deadline {
+            return got;
+        }
+        thread::sleep(RETRY);
     }
 }
 

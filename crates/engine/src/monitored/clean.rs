@@ -34,7 +34,11 @@ pub fn clean(data_dir: &Path, run_dir: &Path) -> io::Result<Cleaned> {
     for entry in list(&data_dir.join("vms"))? {
         let dir = entry?.path();
         let Some(id) = dir.file_name().and_then(|name| name.to_str()?.parse::<VmId>().ok()) else { continue };
-        cleaned.vms += usize::from(end(&dir)?);
+        let ended = end(&dir)?;
+        if ended {
+            filter::close_host_wholly(&id).map_err(io::Error::other)?;
+        }
+        cleaned.vms += usize::from(ended);
         let group = cgroups.group(&id);
         group.kill();
         group.remove()?;

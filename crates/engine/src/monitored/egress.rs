@@ -7,7 +7,7 @@ use std::io;
 
 use tiffin_types::{id::VmId, network::EgressPolicy, vm::VmSpec};
 
-use super::{FREEZE, Monitored, host_or_full, talk};
+use super::{FREEZE, Monitored, folder, host_or_full, talk};
 use crate::{
     Engine, EngineError, Observed,
     monitor::launch::{self, Ask, LAUNCH, Launch, Reply, SPEC},
@@ -43,19 +43,36 @@ impl Monitored {
         };
         let spec = VmSpec { egress: egress.clone(), ..old_spec.clone() };
         let new = Launch { spec: spec.clone(), uplink, ..old.clone() };
+        let result = self.change_to(&old_spec, spec, &old, new, uplink.is_none()).await;
+        // A VM that ended meanwhile has had its addresses freed before they were taken.
+        if result.is_err() && old.uplink.is_none() && matches!(folder::monitor(&self.folder(id)), Ok(None)) {
+            self.uplinks.free(id);
+        }
+        result
+    }
+
+    async fn change_to(
+        &self,
+        old_spec: &VmSpec,
+        spec: VmSpec,
+        old: &Launch,
+        new: Launch,
+        frees: bool,
+    ) -> Result<(), EngineError> {
+        let id = &old_spec.id;
         let changed = match self.write_spec(&spec).and_then(|()| self.write_launch(id, &new)) {
             Ok(()) => Ok(self.ask_egress(id).await),
             Err(error) => Err(error),
         };
         match changed {
             Ok(Changed::Done) => {
-                if uplink.is_none() {
+                if frees {
                     self.uplinks.free(id);
                 }
                 Ok(())
             }
             Ok(Changed::No(error)) | Err(error) => {
-                self.put_back(&old_spec, &old);
+                self.put_back(old_spec, old);
                 Err(error)
             }
             // Nobody knows which policy is in force: the new one is the VM's, and the caller's to try again.

@@ -9,9 +9,14 @@ use std::{
 use tiffin_types::id::VmId;
 
 use super::{ANSWER, blocking, uplinks::Uplinks};
-use crate::host::{
-    cgroup::{Cgroups, Group},
-    mount::wait_detached,
+use crate::{
+    host::{
+        cgroup::{Cgroups, Group},
+        filter,
+        mount::wait_detached,
+        network::host_link,
+    },
+    monitor::launch::{self, DISK, END, LAUNCH, Launch},
 };
 
 /// A control group without processes and without a VM here is swept when it is older than this: it may be the young
@@ -21,7 +26,7 @@ const ORPHAN_AGE: Duration = Duration::from_secs(60);
 pub(super) struct Leftovers {
     pub(super) id: VmId,
     pub(super) group: Group,
-    pub(super) disk: PathBuf,
+    pub(super) folder: PathBuf,
     pub(super) uplinks: Uplinks,
 }
 
@@ -39,9 +44,31 @@ impl Leftovers {
                 self.group.kill();
                 std::thread::sleep(Duration::from_millis(5));
             }
-            wait_detached(&self.disk, ANSWER)
+            self.leave_the_host(deadline);
+            wait_detached(&self.folder.join(DISK), ANSWER)
         })
         .await
+    }
+}
+
+impl Leftovers {
+    /// A monitor that was killed has left its openings in the host's filter. And its link vanishes a moment after its last
+    /// process: the VM's next run makes one of the same name.
+    fn leave_the_host(&self, deadline: Instant) {
+        let had_uplink = matches!(launch::read(&self.folder, LAUNCH), Ok(Some(Launch { uplink: Some(_), .. })));
+        if !had_uplink {
+            return;
+        }
+        let link = Path::new("/sys/class/net").join(host_link(&self.id));
+        while link.exists() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if self.folder.join(END).exists() {
+            return;
+        }
+        if let Err(error) = filter::close_host_wholly(&self.id) {
+            tracing::warn!(vm_id = %self.id, "what {} could reach of this host stays in its filter: {error}", self.id);
+        }
     }
 }
 

@@ -234,8 +234,9 @@ impl Engine for Monitored {
             over.map_err(|_| EngineError::WrongState("not answering"))?;
         }
         self.check_room()?;
-        let (restore, agent_dir) = self.restore_of(id)?;
+        // First, as it has runsc asked on a thread for that where its release isn't known yet.
         let engine_version = self.engine_version().await?;
+        let (restore, agent_dir) = self.restore_of(id)?;
         let image = self.images.mounted(&spec.image).await?;
         let uplink = if spec.egress.allows_something() { Some(self.uplinks.take(id).await?) } else { None };
         let launch = Launch {
@@ -245,6 +246,7 @@ impl Engine for Monitored {
             agent_dir,
             runsc: self.config.runsc.clone(),
             uplink,
+            uplinks: Some(self.config.uplinks),
             resolvers: self.config.resolvers.clone(),
             token: hex::encode(rand::random::<[u8; 32]>()),
             boot_timeout_ms: u64::try_from(self.config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
@@ -378,8 +380,12 @@ impl Engine for Monitored {
             }
             seen.push((id.clone(), self.adopt_one(&id).await));
         }
-        leftovers::sweep_orphans(&self.cgroups, &vms);
-        self.snapshots.remove_ruins().map_err(|e| EngineError::host("clearing the snapshots' folder", e))?;
+        let (snapshots, cgroups) = (Arc::clone(&self.snapshots), self.cgroups.clone());
+        let swept = blocking(move || {
+            leftovers::sweep_orphans(&cgroups, &vms);
+            snapshots.remove_ruins()
+        });
+        swept.await.map_err(|e| EngineError::host("clearing the snapshots' folder", e))?;
         if let Err(error) = self.remove_old_agents(&seen) {
             tracing::warn!("old agents stay: {error}");
         }
@@ -496,7 +502,7 @@ impl Monitored {
         Leftovers {
             id: id.clone(),
             group: self.cgroups.group(id),
-            disk: self.folder(id).join(DISK),
+            folder: self.folder(id),
             uplinks: self.uplinks.clone(),
         }
     }

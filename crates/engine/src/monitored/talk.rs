@@ -19,8 +19,11 @@ use crate::{
     monitor::launch::{Ask, Reply, SOCKET},
 };
 
-/// A dial into the guest has 5 s in the monitor.
-const DIAL: Duration = Duration::from_secs(8);
+/// A dial into the guest has 5 s in the monitor, and may wait for 5 s while the guest is saved.
+const DIAL: Duration = Duration::from_secs(13);
+
+/// What a VM is whose monitor can't take one more.
+pub(super) const BUSY: &str = "busy: it is being saved, or too much is asked of it at once; try again";
 
 /// Asks and waits for the one answer.
 pub(super) async fn ask(dir: &Path, ask: &Ask, within: Duration) -> io::Result<Reply> {
@@ -65,6 +68,7 @@ pub(super) async fn dial(dir: &Path, port: u16) -> Result<TcpStream, EngineError
             connection.async_io(Interest::READABLE, || receive(connection.as_raw_fd())).await.map_err(gone)?;
         match (serde_json::from_slice(&line), fd) {
             (Ok(Reply::Dialled), Some(fd)) => Ok(fd),
+            (Ok(Reply::Busy), _) => Err(EngineError::WrongState(BUSY)),
             (Ok(Reply::NotRunning), _) => Err(EngineError::WrongState("not running")),
             (Ok(Reply::Refused { message }), _) => {
                 Err(EngineError::host("connecting into the guest", io::Error::other(message)))

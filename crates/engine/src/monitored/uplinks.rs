@@ -31,7 +31,9 @@ impl Uplinks {
         Self { range, taken: Arc::default() }
     }
 
-    /// A pair that neither a VM of this server nor any interface of the host has. The host forwards packets from
+    /// A pair that neither a VM of this server nor any interface of the host has. The search begins anywhere: a pair that
+    /// another installation has given away shows on the host only once that VM's monitor has made the interface, and two
+    /// that both began at the first pair would give away the same. The host forwards packets from
     /// then on, and its filter is there.
     pub(super) async fn take(&self, id: &VmId) -> Result<Uplink, EngineError> {
         let range = self.range;
@@ -46,7 +48,10 @@ impl Uplinks {
             .filter_map(|interface| Some(interface.address?.as_sockaddr_in()?.ip()))
             .collect();
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = (0..Uplink::capacity(self.range))
+        let capacity = Uplink::capacity(self.range);
+        let first = rand::random::<u32>().checked_rem(capacity).unwrap_or(0);
+        let free = (first..capacity)
+            .chain(0..first)
             .filter_map(|index| Uplink::new(self.range, index))
             .find(|one| !on_host.contains(&one.host) && taken.values().all(|other| other.index != one.index))
             .ok_or_else(|| EngineError::NoCapacity(format!("no address is free in {}", self.range)))?;
