@@ -32,16 +32,26 @@ impl Store {
         expires_at: Timestamp,
     ) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let made = sqlx::query(
+        // An update, as it waits for a change of the password that isn't committed yet, and makes one that comes wait: a
+        // session is begun before it, and ended by it, or not at all.
+        let is_current =
+            sqlx::query("UPDATE users SET password_set_at = password_set_at WHERE id = $1 AND password_set_at = $2")
+                .bind(user.id.as_str())
+                .bind(user.password_set_at.as_millis())
+                .execute(&mut *tx)
+                .await?;
+        if is_current.rows_affected() != 1 {
+            tx.rollback().await?;
+            return Ok(false);
+        }
+        sqlx::query(
             "INSERT INTO sessions (id, user_id, created_at, last_used_at, expires_at)
-             SELECT $1, id, CAST($2 AS BIGINT), CAST($2 AS BIGINT), CAST($3 AS BIGINT)
-             FROM users WHERE id = $4 AND password_set_at = $5",
+             VALUES ($1, $2, CAST($3 AS BIGINT), CAST($3 AS BIGINT), $4)",
         )
         .bind(hex::encode(token_sha256))
+        .bind(user.id.as_str())
         .bind(now.as_millis())
         .bind(expires_at.as_millis())
-        .bind(user.id.as_str())
-        .bind(user.password_set_at.as_millis())
         .execute(&mut *tx)
         .await?;
         sqlx::query(
@@ -53,7 +63,7 @@ impl Store {
         .execute(&mut *tx)
         .await?;
         tx.commit().await?;
-        Ok(made.rows_affected() == 1)
+        Ok(true)
     }
 
     /// The session of that token, expired ones too.

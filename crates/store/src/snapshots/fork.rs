@@ -99,6 +99,7 @@ impl Store {
             return Ok(None);
         }
         tx.commit().await?;
+        running.iter().for_each(|vm| self.watch.tell(vm));
         Ok(Some(running))
     }
 

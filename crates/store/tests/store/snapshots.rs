@@ -1,5 +1,7 @@
 //! Snapshots and forks.
 
+use std::sync::{Arc, Mutex};
+
 use tiffin_store::{
     Forked, Idempotency, Inserted, NewFork, NewSnapshot, NewVm, QuotaExceeded, Snapshot, SnapshotInserted, Store,
     StoreError, Vm,
@@ -197,7 +199,12 @@ pub(crate) async fn a_fork_is_done_in_one_moment_or_not(db: Db) {
             let now = store.vm_get(&ada.id, &starting[0].id).await.unwrap().unwrap();
             assert_eq!(now.state, VmState::Starting, "nothing is changed");
         } else {
+            let told = Arc::new(Mutex::new(Vec::new()));
+            let heard = Arc::clone(&told);
+            store.watch_vms(move |vm| heard.lock().unwrap().push((vm.id.clone(), vm.state)));
             let running = store.fork_commit(&id, &starting).await.unwrap().unwrap();
+            let expected: Vec<_> = running.iter().map(|clone| (clone.id.clone(), VmState::Running)).collect();
+            assert_eq!(*told.lock().unwrap(), expected);
             assert!(running.iter().all(|clone| clone.state == VmState::Running && clone.started_at.is_some()));
             let of_this = store.snapshot_all().await.unwrap().into_iter().find(|snapshot| snapshot.id == id).unwrap();
             assert_eq!(of_this.state, SnapshotState::Deleting);

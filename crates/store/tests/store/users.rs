@@ -1,5 +1,10 @@
 //! Users and their sessions.
 
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
 use tiffin_store::{NewAdminKey, Store, User};
 use tiffin_types::{account::Scope, time::Timestamp};
 
@@ -62,6 +67,39 @@ pub(crate) async fn a_new_password_ends_every_session_and_those_that_the_old_one
     let (now, hash) = store.user_by_email("ada@example.org").await.unwrap().unwrap();
     assert_eq!(hash, "new");
     assert!(store.session_create([2; 32], &now, at(1), at(9)).await.unwrap());
+}
+
+pub(crate) async fn a_session_waits_for_a_change_of_the_password_that_is_under_way(db: Db) {
+    let (one, other) = (db.open().await, db.open().await);
+    let ada = user(&one).await;
+    let mut change = one.pool().begin().await.unwrap();
+    for statement in ["UPDATE users SET password_set_at = password_set_at + 1", "DELETE FROM sessions"] {
+        sqlx::query(statement).execute(&mut *change).await.unwrap();
+    }
+    let has_ended = AtomicBool::new(false);
+    let login = async {
+        let is_begun = other.session_create([1; 32], &ada, at(1), at(9)).await.unwrap();
+        has_ended.store(true, Ordering::Relaxed);
+        is_begun
+    };
+    let change = async {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // SQLite doesn't tell who waits; there the two come in either order.
+        while db.url().starts_with("postgres") && !has_ended.load(Ordering::Relaxed) && !is_anybody_waiting(&one).await
+        {
+            assert!(Instant::now() < deadline, "the login neither waits nor ends");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        change.commit().await.unwrap();
+    };
+    let (is_begun, ()) = tokio::join!(login, change);
+    assert!(!is_begun, "it was the old password");
+    assert_eq!(one.session_get([1; 32]).await.unwrap(), None);
+}
+
+async fn is_anybody_waiting(store: &Store) -> bool {
+    let waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+    sqlx::query(waiting).fetch_optional(store.pool()).await.unwrap().is_some()
 }
 
 pub(crate) async fn old_and_idle_sessions_are_pruned_and_the_oldest_make_room(db: Db) {
