@@ -105,7 +105,8 @@ async fn accept_until_shutdown(app: &Arc<App>, listener: TcpListener) {
     // Cancelled when the grace is over: cuts the connections that are left.
     let cut = CancellationToken::new();
     while let Some((stream, peer, place)) = next_connection(app, &listener, &places).await {
-        let served = served(connection(app, stream, peer, router.clone()), app.shutdown.clone());
+        let place = Arc::new(place);
+        let served = served(connection(app, stream, peer, &place, router.clone()), app.shutdown.clone());
         let cut = cut.clone();
         connections.spawn(async move {
             // A client that breaks off or is too slow is its own business.
@@ -158,9 +159,10 @@ async fn next_connection(
     app.shutdown.run_until_cancelled(next).await.flatten()
 }
 
-/// The router, told of each request where it comes from.
+/// The router, told of each request where it comes from, and given its connection's place, for what outlives it.
 struct WithPeer {
     peer: IpAddr,
+    place: Arc<OwnedSemaphorePermit>,
     router: TowerToHyperService<RouterIntoService<Incoming>>,
 }
 
@@ -172,6 +174,7 @@ impl hyper::service::Service<Request<Incoming>> for WithPeer {
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         request.extensions_mut().insert(api::Peer(self.peer));
+        request.extensions_mut().insert(api::Place(Arc::clone(&self.place)));
         self.router.call(request)
     }
 }
@@ -179,12 +182,19 @@ impl hyper::service::Service<Request<Incoming>> for WithPeer {
 /// A connection that may become a WebSocket; those are ended by the shutdown themselves.
 type Connection = http1::UpgradeableConnection<TokioIo<Patient<TcpStream>>, WithPeer>;
 
-fn connection(app: &App, stream: TcpStream, peer: IpAddr, router: Router) -> Connection {
+fn connection(
+    app: &App,
+    stream: TcpStream,
+    peer: IpAddr,
+    place: &Arc<OwnedSemaphorePermit>,
+    router: Router,
+) -> Connection {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(error = chain(&error), "TCP_NODELAY");
     }
     let stream = Patient::new(stream, app.config.http.write_timeout);
-    let service = WithPeer { peer, router: TowerToHyperService::new(router.into_service()) };
+    let router = TowerToHyperService::new(router.into_service());
+    let service = WithPeer { peer, place: Arc::clone(place), router };
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(app.config.http.header_timeout)

@@ -31,6 +31,8 @@ pub struct Activity {
     pub peer: Option<String>,
     /// More, for events that have more.
     pub details: Option<serde_json::Value>,
+    /// Whether it is forgotten by its age alone, however many others there are.
+    pub is_lasting: bool,
 }
 
 /// Who did something.
@@ -80,7 +82,8 @@ impl std::str::FromStr for PerformerKind {
 
 macro_rules! columns {
     () => {
-        "id, at, event, actor_kind, actor_id, actor_name, account_id, target, status, request_id, peer, details"
+        "id, at, event, actor_kind, actor_id, actor_name, account_id, target, status, request_id, peer, details,
+         lasting"
     };
 }
 
@@ -128,10 +131,12 @@ impl Store {
         rows.iter().map(activity_from).collect()
     }
 
-    /// Forgets entries and runs from before `since`, and all entries but the newest `kept`; how many.
+    /// Forgets entries and runs from before `since`, and of the entries that aren't lasting all but the newest `kept`; how
+    /// many.
     pub async fn journal_prune(&self, since: Timestamp, kept: u64) -> Result<u64, StoreError> {
         let entries = sqlx::query(
-            "DELETE FROM activity WHERE at < $1 OR id <= (SELECT id FROM activity ORDER BY id DESC LIMIT 1 OFFSET $2)",
+            "DELETE FROM activity WHERE at < $1 OR (lasting = 0
+             AND id <= (SELECT id FROM activity WHERE lasting = 0 ORDER BY id DESC LIMIT 1 OFFSET $2))",
         )
         .bind(since.as_millis())
         .bind(crate::row::column(kept))
@@ -147,7 +152,7 @@ async fn insert(entry: &Activity, tx: &mut AnyConnection) -> Result<(), StoreErr
     sqlx::query(concat!(
         "INSERT INTO activity (",
         columns!(),
-        ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING"
+        ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) ON CONFLICT DO NOTHING"
     ))
     .bind(entry.id.as_str())
     .bind(entry.at.as_millis())
@@ -161,6 +166,7 @@ async fn insert(entry: &Activity, tx: &mut AnyConnection) -> Result<(), StoreErr
     .bind(entry.request_id.as_deref())
     .bind(entry.peer.as_deref())
     .bind(entry.details.as_ref().map(ToString::to_string))
+    .bind(i64::from(entry.is_lasting))
     .execute(tx)
     .await?;
     Ok(())
@@ -179,6 +185,7 @@ fn activity_from(row: &AnyRow) -> Result<Activity, StoreError> {
         request_id: fields.text_if_any("request_id")?,
         peer: fields.text_if_any("peer")?,
         details: fields.json_if_any("details")?,
+        is_lasting: fields.number::<i64>("lasting")? != 0,
     })
 }
 

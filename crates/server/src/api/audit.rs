@@ -2,7 +2,8 @@
 //!
 //! Invariant: one is noted when it succeeded, when it was refused for lack of rights, when it failed inside, and when its
 //! client went away before the answer, as it may be done then. Nothing of a body is noted but the ids that the
-//! answer to a create gives.
+//! answer to a create gives. Of somebody unknown only attempts to log in are noted, which the gate has counted: nobody
+//! can fill the trail without a key or a session.
 
 use std::sync::Arc;
 
@@ -32,10 +33,14 @@ const TARGET_BYTES: usize = 512;
 #[derive(Clone)]
 pub(super) struct LoggedInAs(pub(super) Caller);
 
+/// That nothing was changed, in the extensions of an answer that is a success all the same.
+#[derive(Clone)]
+pub(super) struct NothingDone;
+
 /// An operation that goes on.
 pub(super) struct Audit {
     app: Arc<App>,
-    is_durable: bool,
+    is_administration: bool,
     /// Until the answer is there.
     entry: Option<Entry>,
 }
@@ -59,8 +64,9 @@ impl Audit {
             request_id: parts.extensions.get::<RequestId>().map(|id| id.0.clone()),
             peer: parts.extensions.get::<Peer>().map(|Peer(address)| address.to_string()),
             details: None,
+            is_lasting: operation.is_administration && caller.is_some(),
         };
-        Self { app: Arc::clone(app), is_durable: operation.is_durable, entry: Some(entry) }
+        Self { app: Arc::clone(app), is_administration: operation.is_administration, entry: Some(entry) }
     }
 
     /// Notes what the answer says.
@@ -71,17 +77,22 @@ impl Audit {
         if status.is_client_error() && status != StatusCode::FORBIDDEN && !failed_login {
             return response;
         }
+        let is_nothing = response.extensions().get::<NothingDone>().is_some();
+        if is_nothing || (status == StatusCode::FORBIDDEN && entry.is_anonymous()) {
+            return response;
+        }
         entry.status = Some(status.as_u16());
         if let Some(LoggedInAs(caller)) = response.extensions().get() {
             entry.actor = performer(Some(caller));
             entry.account_id = Some(caller.account_id.clone());
+            entry.is_lasting = true;
         }
         let (response, made) = made(response).await;
         if !made.is_empty() {
             // A snapshot is made of a VM: both are told.
             entry.target = shown(&entry.target.into_iter().chain(made).collect::<Vec<_>>());
         }
-        if self.is_durable {
+        if self.is_administration {
             self.app.journal.note_durably(entry).await;
         } else {
             self.app.journal.note(entry);
@@ -92,7 +103,7 @@ impl Audit {
 
 impl Drop for Audit {
     fn drop(&mut self) {
-        if let Some(entry) = self.entry.take() {
+        if let Some(entry) = self.entry.take().filter(|entry| !entry.is_anonymous()) {
             self.app.journal.note(entry);
         }
     }

@@ -1,4 +1,5 @@
-//! What stands before every operation of the API: who calls, from which page, how often; and what is noted of it.
+//! What stands before every operation of the API: from where, who calls, from which page, how often; and what is noted
+//! of it.
 //!
 //! Invariant: it knows operations by the OpenAPI document alone, by route and method, so that none can be added without
 //! passing here. Handlers take the [`Caller`] that it has found.
@@ -16,6 +17,7 @@ use utoipa::openapi::OpenApi;
 use super::{
     audit::Audit,
     layer::RequestId,
+    request::{Peer, client_address},
     sessions::{Origin, origin, token},
 };
 use crate::{
@@ -44,8 +46,22 @@ pub(super) struct Operation {
     /// Whether its answer begins within the time that any operation may take; what runs in VMs or brings them up has
     /// limits of its own.
     is_quick: bool,
-    /// Whether its entry in the audit trail is written before the answer is given.
-    pub(super) is_durable: bool,
+    /// Whether it is noted in the audit trail.
+    is_noted: bool,
+    /// Whether it is administration: its entry in the audit trail is written before the answer is given, and kept until
+    /// it is old.
+    pub(super) is_administration: bool,
+    /// Which of the attempts to log in it may be.
+    attempt: Option<Attempt>,
+}
+
+/// An operation that anybody may call who has no key or session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Attempt {
+    /// It tries a password, whoever calls.
+    Login,
+    /// Whoever calls it without a session has nothing to do here.
+    Other,
 }
 
 /// Every operation, by route and method.
@@ -86,10 +102,16 @@ impl Gate {
 impl Operation {
     fn new(id: String, route: &str, method: &Method) -> Self {
         let limited = limited(method, route);
-        let is_quick = limited.is_none()
-            && (*method == Method::GET || route.starts_with("/v1/admin/") || route.starts_with("/auth/"));
-        let is_durable = route.starts_with("/v1/admin/") || route.starts_with("/auth/");
-        Self { id, guarded: is_guarded(route), unsafe_: *method != Method::GET, limited, is_quick, is_durable }
+        let is_administration = route.starts_with("/v1/admin/") || route.starts_with("/auth/");
+        let unsafe_ = *method != Method::GET;
+        let is_quick = is_administration || (!unsafe_ && route != "/v1/vms/{id}/files/download");
+        let attempt = match route {
+            "/auth/login" => Some(Attempt::Login),
+            _ if unsafe_ && route.starts_with("/auth/") => Some(Attempt::Other),
+            _ => None,
+        };
+        let is_noted = unsafe_ && !is_work(route);
+        Self { id, guarded: is_guarded(route), unsafe_, limited, is_quick, is_noted, is_administration, attempt }
     }
 }
 
@@ -98,15 +120,24 @@ pub(super) fn is_guarded(route: &str) -> bool {
     route.starts_with("/v1/") || route == "/auth/me"
 }
 
-/// The contract's limits. Routes that are not served yet are limited once they are.
+/// Whether a route is for what programs do in VMs all day: it would crowd out everything else that is noted, and the exec
+/// logs have what was run.
+fn is_work(route: &str) -> bool {
+    let inside = route.strip_prefix("/v1/vms/{id}/").and_then(|rest| rest.split('/').next());
+    matches!(inside, Some("exec" | "run-ts" | "run-js" | "files" | "terminal"))
+}
+
+/// The contract's limits, and under each what comes to the same.
 fn limited(method: &Method, route: &str) -> Option<Limited> {
     match (method.as_str(), route) {
-        // A fork makes VMs too, several at once.
-        ("POST", "/v1/vms" | "/v1/vms/{id}/fork") => Some(Limited::VmCreate),
-        ("POST", "/v1/vms/{id}/exec") => Some(Limited::Exec),
+        // A fork makes VMs too, several at once; a snapshot costs as much.
+        ("POST", "/v1/vms" | "/v1/vms/{id}/fork" | "/v1/vms/{id}/snapshots") => Some(Limited::VmCreate),
+        ("POST", "/v1/vms/{id}/exec") | ("GET", "/v1/vms/{id}/terminal") => Some(Limited::Exec),
         ("POST", "/v1/vms/{id}/run-ts" | "/v1/vms/{id}/run-js") => Some(Limited::Run),
-        ("POST", "/v1/vms/{id}/files/upload") => Some(Limited::Upload),
-        ("GET", "/v1/vms/{id}/files/download") => Some(Limited::Download),
+        ("POST", "/v1/vms/{id}/files/upload") | ("PUT", "/v1/vms/{id}/files/content") => Some(Limited::Upload),
+        ("GET", "/v1/vms/{id}/files/download" | "/v1/vms/{id}/files/content" | "/v1/vms/{id}/files") => {
+            Some(Limited::Download)
+        }
         _ => None,
     }
 }
@@ -116,11 +147,22 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: 
     // Pages, unknown routes and methods are answered without knowing who asks.
     let Some(operation) = gate.operation(&request) else { return next.run(request).await };
     let (mut parts, body) = request.into_parts();
+    // From here on a request comes from where the proxy says, if it is believed.
+    let peer = client_address(&gate.app, &parts);
+    if let Some(peer) = peer {
+        parts.extensions.insert(Peer(peer));
+    }
     let caller = match find_caller(&gate.app, operation, &mut parts).await {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
-    let audit = if operation.unsafe_ {
+    // Before anything is noted or compared: whoever has no session can make the server do only so much.
+    if operation.attempt.is_some_and(|attempt| attempt == Attempt::Login || !is_user(caller.as_ref()))
+        && let Err(error) = gate.app.rates.attempt(peer)
+    {
+        return error.into_response();
+    }
+    let audit = if operation.is_noted {
         Some(Audit::begin(&gate.app, operation, caller.as_ref(), &mut parts).await)
     } else {
         None
@@ -147,6 +189,10 @@ async fn find_caller(app: &Arc<App>, operation: &Operation, parts: &mut Parts) -
     };
     caller.request_id = parts.extensions.get::<RequestId>().map(|id| id.0.as_str().into());
     Ok(Some(caller))
+}
+
+fn is_user(caller: Option<&Caller>) -> bool {
+    caller.is_some_and(|caller| matches!(caller.actor, Actor::User { .. }))
 }
 
 /// Runs an operation for a caller, if not too often.

@@ -27,5 +27,5 @@ mod vm_logs;
 mod vms;
 
 pub use openapi::document as openapi_document;
-pub(crate) use request::Peer;
+pub(crate) use request::{Peer, Place};
 pub(crate) use router::router;

@@ -1,12 +1,18 @@
 //! What handlers take from a request beside its body: the caller, ids in the path, the query.
 
-use std::{collections::BTreeMap, net::IpAddr, str::FromStr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    sync::Arc,
+};
 
 use axum::{
     extract::{FromRequestParts, Path, Query},
-    http::request::Parts,
+    http::{HeaderMap, request::Parts},
 };
 use tiffin_types::id::{AccountId, ApiKeyId, ImageId, SnapshotId, VmId};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::sessions;
 use crate::{
@@ -20,9 +26,31 @@ use crate::{
 /// The header with the API key.
 pub(crate) const KEY_HEADER: &str = "x-api-key";
 
-/// Where a connection comes from: the other end of the socket, which behind a proxy is the proxy.
+/// Where a request comes from: the other end of the socket, or, once the gate has looked, what a proxy says that is
+/// believed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Peer(pub(crate) IpAddr);
+
+/// The place of a request's connection among those open at once; what goes on over it after an upgrade keeps it.
+#[derive(Clone)]
+pub(crate) struct Place(
+    #[expect(dead_code, reason = "it is held, and given back when it is dropped")] pub(crate) Arc<OwnedSemaphorePermit>,
+);
+
+/// Where a request comes from. A proxy that is believed has written the last hop of `X-Forwarded-For`; those before it
+/// may be anybody's word.
+pub(super) fn client_address(app: &App, parts: &Parts) -> Option<IpAddr> {
+    let socket = parts.extensions.get::<Peer>().map(|Peer(address)| *address);
+    if app.config.http.trust_proxy { last_hop(&parts.headers).or(socket) } else { socket }
+}
+
+fn last_hop(headers: &HeaderMap) -> Option<IpAddr> {
+    let line = headers.get_all("x-forwarded-for").iter().next_back()?.to_str().ok()?;
+    let hop = line.rsplit(',').next()?.trim();
+    let bare = hop.trim_start_matches('[').trim_end_matches(']');
+    let address = bare.parse().or_else(|_| hop.parse().map(|with_port: SocketAddr| with_port.ip()));
+    address.ok().map(|address| address.to_canonical())
+}
 
 impl FromRequestParts<Arc<App>> for Caller {
     type Rejection = AppError;
@@ -136,5 +164,33 @@ impl Parameters {
         let unknown =
             |field: String| FieldError { field, message: format!("is no parameter of this request: {known}") };
         Err(AppError::Fields(self.0.into_keys().map(unknown).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_hop_is_the_last_of_the_last_line() {
+        let hop = |lines: &[&'static str]| {
+            let lines = lines.iter().map(|line| ("x-forwarded-for".parse().unwrap(), line.parse().unwrap()));
+            last_hop(&lines.collect()).map(|address| address.to_string())
+        };
+        for (lines, expected) in [
+            (&[][..], None),
+            (&[""], None),
+            (&["192.0.2.1"], Some("192.0.2.1")),
+            (&["203.0.113.9, 192.0.2.1"], Some("192.0.2.1")),
+            (&["203.0.113.9", "198.51.100.7,192.0.2.1 "], Some("192.0.2.1")),
+            (&["192.0.2.1:4711"], Some("192.0.2.1")),
+            (&["2001:db8::1"], Some("2001:db8::1")),
+            (&["[2001:db8::1]"], Some("2001:db8::1")),
+            (&["[2001:db8::1]:80"], Some("2001:db8::1")),
+            (&["::ffff:192.0.2.1"], Some("192.0.2.1")),
+            (&["192.0.2.1, unknown"], None),
+        ] {
+            assert_eq!(hop(lines).as_deref(), expected, "{lines:?}");
+        }
     }
 }

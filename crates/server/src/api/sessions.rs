@@ -13,7 +13,7 @@ use tiffin_types::account::Scope;
 use utoipa::ToSchema;
 
 use super::{
-    audit::LoggedInAs,
+    audit::{LoggedInAs, NothingDone},
     body::{JsonObject, text},
     request::Peer,
 };
@@ -84,11 +84,12 @@ pub(crate) async fn session_create(
 ///
 /// Ends the session, if there is one, and takes the cookie back.
 #[utoipa::path(post, path = "/auth/logout", operation_id = "session_delete", tag = "Sessions", security(()),
-    responses((status = 204, description = "Logged out"), (status = 403)))]
+    responses((status = 204, description = "Logged out"), (status = 403), (status = 429)))]
 pub(crate) async fn session_delete(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response, AppError> {
-    sessions::session_delete(&app, token(&headers)).await?;
+    let is_ended = sessions::session_delete(&app, token(&headers)).await?;
     let cookie = cookie("", 0, is_secure(&app, &headers));
-    Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
+    let done = (!is_ended).then_some(Extension(NothingDone));
+    Ok((done, (StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)])).into_response())
 }
 
 /// Ask who is logged in

@@ -6,13 +6,13 @@ mod session;
 use std::sync::Arc;
 
 use axum::{
-    extract::{State, WebSocketUpgrade, ws::rejection::WebSocketUpgradeRejection},
+    extract::{Extension, State, WebSocketUpgrade, ws::rejection::WebSocketUpgradeRejection},
     response::Response,
 };
 use tiffin_protocol::TerminalSize;
 use tiffin_types::{id::VmId, limits};
 
-use super::request::{Id, Parameters};
+use super::request::{Id, Parameters, Place};
 use crate::{
     app::{App, auth::Caller, terminal},
     error::AppError,
@@ -33,6 +33,7 @@ use crate::{
 pub(crate) async fn terminal_open(
     caller: Caller,
     State(app): State<Arc<App>>,
+    Extension(place): Extension<Place>,
     Id(id): Id<VmId>,
     mut parameters: Parameters,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
@@ -52,6 +53,8 @@ pub(crate) async fn terminal_open(
     Ok(upgrade.on_upgrade(async move |socket| {
         let tasks = app.tasks.clone();
         tasks.track_future(session::run(app, caller, terminal, socket)).await;
+        // As long as the terminal is open, its connection counts.
+        drop(place);
     }))
 }
 

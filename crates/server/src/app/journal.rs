@@ -44,6 +44,8 @@ pub(crate) struct Entry {
     pub(crate) request_id: Option<String>,
     pub(crate) peer: Option<String>,
     pub(crate) details: Option<serde_json::Value>,
+    /// Whether it is forgotten by its age alone.
+    pub(crate) is_lasting: bool,
 }
 
 enum Note {
@@ -169,12 +171,18 @@ impl Entry {
             request_id: None,
             peer: None,
             details: Some(details),
+            is_lasting: false,
         }
     }
 
+    /// Whether nobody knows who did it.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        self.actor.kind == PerformerKind::Anonymous
+    }
+
     fn with_id(self, id: String, at: Timestamp) -> Activity {
-        let Self { event, actor, account_id, target, status, request_id, peer, details } = self;
-        Activity { id, at, event, actor, account_id, target, status, request_id, peer, details }
+        let Self { event, actor, account_id, target, status, request_id, peer, details, is_lasting } = self;
+        Activity { id, at, event, actor, account_id, target, status, request_id, peer, details, is_lasting }
     }
 }
 

@@ -4,20 +4,30 @@
 //! same time exactly the limit pass. Callers are known by their key or user, so what they are is checked before;
 //! wrong keys by the address they come from, IPv6 by its /64, which is what one customer gets.
 //!
-//! Invariant: memory is bounded. A bucket that is full again is forgotten, and when too many addresses are known the
-//! rest share one bucket.
+//! Attempts to log in are counted by the address, by the email from that address, and, loosely, by the email: so that
+//! somebody else's attempts don't keep its owner out.
+//!
+//! Invariant: memory is bounded. A bucket that is full again is forgotten, and when too many names are known, those that
+//! aren't share one bucket.
 
 use std::{
     net::IpAddr,
     num::NonZeroU32,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
 };
 
 use governor::{
     Quota, RateLimiter,
     clock::{Clock, DefaultClock},
     middleware::StateInformationMiddleware,
-    state::keyed::DashMapStateStore,
+    nanos::Nanos,
+    state::{
+        StateStore,
+        keyed::{DashMapStateStore, ShrinkableKeyedStateStore},
+    },
 };
 
 use crate::{config::RateConfig, error::AppError};
@@ -30,15 +40,15 @@ const BUCKETS: usize = 10_000;
 /// What is limited for each caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Limited {
-    /// `POST /v1/vms`
+    /// `POST /v1/vms`, and what makes VMs or copies of them
     VmCreate,
-    /// `exec`
+    /// `exec` and `terminal`
     Exec,
     /// `run-ts` and `run-js`
     Run,
-    /// `files/upload`
+    /// `files/upload`, and writing a file
     Upload,
-    /// `files/download`
+    /// `files/download`, and reading files and folders
     Download,
 }
 
@@ -63,6 +73,7 @@ pub(crate) struct Rates {
     upload: Option<Buckets>,
     download: Option<Buckets>,
     wrong_keys: Option<Buckets>,
+    logins_by_both: Option<Buckets>,
     logins_by_email: Option<Buckets>,
     logins_by_address: Option<Buckets>,
 }
@@ -76,7 +87,8 @@ impl Rates {
             upload: Buckets::per_minute(config.upload),
             download: Buckets::per_minute(config.download),
             wrong_keys: Buckets::per_minute(config.auth_failures),
-            logins_by_email: Buckets::per_minute(config.login),
+            logins_by_both: Buckets::per_minute(config.login),
+            logins_by_email: Buckets::per_minute(config.login_email),
             logins_by_address: Buckets::per_minute(config.login_address),
         }
     }
@@ -98,10 +110,17 @@ impl Rates {
         refuse("an address may send wrong API keys", self.wrong_keys.as_ref(), &address(peer))
     }
 
-    /// Counts an attempt to log in.
+    /// Counts a request of somebody unknown from an address, such as an attempt to log in.
+    pub(crate) fn attempt(&self, peer: Option<IpAddr>) -> Result<(), AppError> {
+        refuse("an address may try to log in", self.logins_by_address.as_ref(), &address(peer))
+    }
+
+    /// Counts an attempt to log in with an email.
     pub(crate) fn login(&self, email: &str, peer: Option<IpAddr>) -> Result<(), AppError> {
-        refuse("an address may try to log in", self.logins_by_address.as_ref(), &address(peer))?;
-        refuse("one may try to log in with an email", self.logins_by_email.as_ref(), email)
+        let both = format!("{} {email}", address(peer));
+        refuse("an address may try to log in with an email", self.logins_by_both.as_ref(), &both)?;
+        // Only what its own address may still try counts against everybody.
+        refuse("all may try to log in with an email", self.logins_by_email.as_ref(), email)
     }
 }
 
@@ -141,9 +160,39 @@ fn address(peer: Option<IpAddr>) -> String {
     }
 }
 
+/// The buckets of one limit by name, shared so that one can be looked for without making it.
+#[derive(Clone, Default)]
+struct Table(Arc<DashMapStateStore<String>>);
+
+impl StateStore for Table {
+    type Key = String;
+
+    fn measure_and_replace<T, F, E>(&self, key: &String, f: F) -> Result<T, E>
+    where
+        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+    {
+        self.0.measure_and_replace(key, f)
+    }
+}
+
+impl ShrinkableKeyedStateStore<String> for Table {
+    fn retain_recent(&self, drop_below: Nanos) {
+        self.0.retain_recent(drop_below);
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 /// One limit: a bucket for each caller or address.
 struct Buckets {
-    limiter: RateLimiter<String, DashMapStateStore<String>, DefaultClock, StateInformationMiddleware>,
+    table: Table,
+    limiter: RateLimiter<String, Table, DefaultClock, StateInformationMiddleware>,
     clock: DefaultClock,
     limit: NonZeroU32,
     taken: AtomicU32,
@@ -154,9 +203,11 @@ impl Buckets {
     /// `None` when there is no limit.
     fn per_minute(limit: u32) -> Option<Self> {
         let limit = NonZeroU32::new(limit)?;
+        let (table, clock) = (Table::default(), DefaultClock::default());
         Some(Self {
-            limiter: RateLimiter::dashmap(Quota::per_minute(limit)).with_middleware(),
-            clock: DefaultClock::default(),
+            limiter: RateLimiter::new(Quota::per_minute(limit), table.clone(), clock.clone()),
+            table,
+            clock,
             limit,
             taken: AtomicU32::new(0),
             crowded: AtomicBool::new(false),
@@ -169,8 +220,11 @@ impl Buckets {
             self.crowded.store(self.limiter.len() > BUCKETS, Ordering::Relaxed);
         }
         let limit = self.limit.get();
-        let who = if self.crowded.load(Ordering::Relaxed) { "everybody else" } else { who };
-        match self.limiter.check_key(&who.to_owned()) {
+        let mut who = who.to_owned();
+        if self.crowded.load(Ordering::Relaxed) && !self.table.0.contains_key(&who) {
+            who = "everybody else".to_owned();
+        }
+        match self.limiter.check_key(&who) {
             Ok(left) => {
                 let remaining = left.remaining_burst_capacity();
                 let missing = u64::from(limit.saturating_sub(remaining));
@@ -228,6 +282,29 @@ mod tests {
         }
         assert!(buckets.limiter.len() <= BUCKETS + TIDY_EVERY as usize + 1, "{}", buckets.limiter.len());
         assert!(!buckets.take("new").allowed);
+    }
+
+    #[test]
+    fn who_is_known_keeps_a_bucket_when_the_table_is_crowded() {
+        let buckets = Buckets::per_minute(2).unwrap();
+        assert!(buckets.take("known").allowed);
+        for number in 0..BUCKETS + 2 * TIDY_EVERY as usize {
+            buckets.take(&number.to_string());
+        }
+        assert!(!buckets.take("new").allowed, "whoever is new shares a bucket, and it is empty");
+        assert!(buckets.take("known").allowed);
+    }
+
+    #[test]
+    fn attempts_with_an_email_are_counted_by_its_address_first_and_loosely_by_all() {
+        let mut config = crate::Config::load(None, std::iter::empty(), &[]).unwrap().rate;
+        (config.login, config.login_email) = (2, 3);
+        let rates = Rates::new(&config);
+        let from = |last: u8, email: &str| rates.login(email, Some(IpAddr::from([192, 0, 2, last]))).is_ok();
+        assert_eq!([(); 4].map(|()| from(1, "a@b")), [true, true, false, false]);
+        assert!(from(2, "a@b"), "what one address may no longer try doesn't count against others");
+        assert!(!from(3, "a@b"), "all together may try so often");
+        assert!(from(3, "c@d"));
     }
 
     #[test]

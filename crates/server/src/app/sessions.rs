@@ -1,8 +1,8 @@
 //! Sessions: people who log in with a password.
 //!
 //! Invariants: the token is 256 random bits and is kept as its hash only; a session ends when it is idle, at its age, at a
-//! log out and with its user's password. Attempts are counted by the email and by the address before anything is
-//! compared; what is over comes back within a minute, so nobody is locked out for good.
+//! log out and with its user's password. Attempts are counted before anything is compared: by the address at the gate, by
+//! the email here. What is over comes back within a minute, so nobody is locked out for good.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -60,12 +60,12 @@ pub(crate) async fn session_create(
     Ok(FreshSession { caller: caller_of(user, hash_of(&token)), token, email, lasts })
 }
 
-/// Ends a session, if there is one.
-pub(crate) async fn session_delete(app: &App, token: Option<&str>) -> Result<(), AppError> {
-    if let Some(token) = token {
-        app.store.session_delete(hash_of(token)).await?;
+/// Ends a session, if there is one: whether there was.
+pub(crate) async fn session_delete(app: &App, token: Option<&str>) -> Result<bool, AppError> {
+    match token {
+        Some(token) => Ok(app.store.session_delete(hash_of(token)).await?),
+        None => Ok(false),
     }
-    Ok(())
 }
 
 /// Who is logged in with that token.

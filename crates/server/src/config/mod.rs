@@ -197,8 +197,10 @@ pub struct RateConfig {
     pub download: u32,
     /// Wrong API keys.
     pub auth_failures: u32,
-    /// Attempts to log in with one email.
+    /// Attempts to log in with one email from one address.
     pub login: u32,
+    /// Attempts to log in with one email from everywhere.
+    pub login_email: u32,
     /// Attempts to log in from one address.
     pub login_address: u32,
 }
@@ -379,6 +381,7 @@ impl Config {
                 download: values.small("rate.download_per_min")?,
                 auth_failures: values.small("rate.auth_failures_per_min")?,
                 login: values.small("rate.login_per_min")?,
+                login_email: values.small("rate.login_email_per_min")?,
                 login_address: values.small("rate.login_address_per_min")?,
             },
             activity: ActivityConfig {

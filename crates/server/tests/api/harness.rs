@@ -86,8 +86,13 @@ impl Server {
         let mut all = vec![("data_dir".to_owned(), dir.path().to_str().context("a path of UTF-8")?.to_owned())];
         all.push(("http.shutdown_grace_ms".into(), "300".into()));
         // Tests ask as often as they like, except those of the limits, which set them.
-        let rates = ["vm_create", "exec", "run", "upload", "download", "auth_failures", "login", "login_address"];
-        all.extend(rates.map(|rate| (format!("rate.{rate}_per_min"), "0".to_owned())));
+        let rates = ["vm_create", "exec", "run", "upload", "download", "auth_failures"];
+        all.extend(
+            rates
+                .into_iter()
+                .chain(["login", "login_email", "login_address"])
+                .map(|rate| (format!("rate.{rate}_per_min"), "0".to_owned())),
+        );
         let (most, keep) = if POOLED { ("3", "1x128=2") } else { ("0", "") };
         all.extend([("pool.max_vms".into(), most.into()), ("pool.keep".into(), keep.into())]);
         all.extend(settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));

@@ -123,6 +123,23 @@ async fn what_is_wrong_before_the_upgrade_is_an_ordinary_error() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_terminal_keeps_its_place_among_the_connections() -> Result<()> {
+    let mut server = Server::start_with(&[("http.max_connections", "1")]).await?;
+    server.client = reqwest::Client::builder().pool_max_idle_per_host(0).build()?;
+    let vm = server.vm().await?;
+    let client = Client::open(&server, &vm, "").await?;
+    {
+        let mut other = std::pin::pin!(server.get("/v1/vms"));
+        // Nothing can be waited for here: whatever comes in this time is wrong.
+        let early = tokio::time::timeout(Duration::from_millis(500), other.as_mut()).await;
+        assert!(early.is_err(), "there was one place, and the terminal has it");
+        drop(client);
+        other.await?.ok(200);
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_key_that_is_revoked_ends_its_terminals() -> Result<()> {
     let server = Server::start_with(&[("terminal.ping_ms", "100")]).await?;
     let vm = server.vm().await?;

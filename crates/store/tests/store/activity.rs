@@ -27,6 +27,7 @@ fn entry(number: u32) -> Activity {
         request_id: Some("req-1".into()),
         peer: Some("192.0.2.1".into()),
         details: Some(serde_json::json!({ "state": "RUNNING" })),
+        is_lasting: false,
     }
 }
 
@@ -88,6 +89,18 @@ pub(crate) async fn old_entries_are_forgotten_by_age_and_by_number(db: Db) {
     assert_eq!(store.journal_prune(Timestamp::from_millis(0), 2).await.unwrap(), 5);
     assert_eq!(ids(&store.activity_list(100, None).await.unwrap()), [9, 8]);
     assert_eq!(store.exec_log_list(&vm, 10, None).await.unwrap().len(), 1);
+}
+
+pub(crate) async fn lasting_entries_are_forgotten_by_age_alone_and_crowd_nobody_out(db: Db) {
+    let store = db.open().await;
+    let all: Vec<Activity> = (1..=9).map(|number| Activity { is_lasting: number <= 4, ..entry(number) }).collect();
+    store.journal_write(&all, &[], 10).await.unwrap();
+    assert_eq!(store.activity_list(100, None).await.unwrap().last(), Some(&all[0]));
+    assert_eq!(store.journal_prune(Timestamp::from_millis(0), 5).await.unwrap(), 0);
+    assert_eq!(store.journal_prune(Timestamp::from_millis(0), 2).await.unwrap(), 3);
+    assert_eq!(ids(&store.activity_list(100, None).await.unwrap()), [9, 8, 4, 3, 2, 1]);
+    assert_eq!(store.journal_prune(Timestamp::from_millis(3000), 2).await.unwrap(), 2);
+    assert_eq!(ids(&store.activity_list(100, None).await.unwrap()), [9, 8, 4, 3]);
 }
 
 pub(crate) async fn runs_are_kept_by_vm_the_newest_of_them(db: Db) {

@@ -68,6 +68,7 @@ cases! {
     activity {
         entries_read_back_newest_first_and_in_pages,
         old_entries_are_forgotten_by_age_and_by_number,
+        lasting_entries_are_forgotten_by_age_alone_and_crowd_nobody_out,
         runs_are_kept_by_vm_the_newest_of_them,
         every_change_of_a_vm_is_told_and_the_figures_count_it,
     }
@@ -75,6 +76,7 @@ cases! {
         the_first_user_is_the_oldest_accounts_and_made_once_however_many_race,
         a_session_reads_back_is_used_and_ends,
         a_new_password_ends_every_session_and_those_that_the_old_one_would_begin,
+        a_session_waits_for_a_change_of_the_password_that_is_under_way,
         old_and_idle_sessions_are_pruned_and_the_oldest_make_room,
     }
     images {
