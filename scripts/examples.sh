@@ -57,6 +57,7 @@ create() {
     vms+=("$vm")
 }
 
+octets=(-H 'Content-Type: application/octet-stream')
 is_date='test("^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\\.[0-9]{3}Z$")'
 
 say "==> open to everybody"
@@ -148,8 +149,9 @@ refused 400 POST "/v1/vms/$vm/files/upload?dest=%2Fworkspace%2Fbad" link "${gzip
 json 200 POST "/v1/vms/$vm/exec" '{"cmd": "ls -A /workspace"}'
 holds '.stdout == "project\n"'
 head -c 11000000 /dev/urandom >"$work/upload.tar.gz"
-refused 413 POST "/v1/vms/$vm/files/upload?dest=%2Fworkspace%2Fbig" MiB "${gzip_body[@]}"
-call 204 PUT "/v1/vms/$vm/files/content?path=%2Fworkspace%2Fnote.txt" --data-binary 'a note'
+refused 413 POST "/v1/vms/$vm/files/upload?dest=%2Fworkspace%2Fbig" 10485760 "${gzip_body[@]}"
+printf 'a note' >"$work/note.txt"
+call 204 PUT "/v1/vms/$vm/files/content?path=%2Fworkspace%2Fnote.txt" "${octets[@]}" -T "$work/note.txt"
 call 200 GET "/v1/vms/$vm/files/content?path=%2Fworkspace%2Fnote.txt"
 [[ $(<"$work/body") == "a note" ]] || die "the file is not what was written"
 call 200 GET "/v1/vms/$vm/files?path=%2Fworkspace"
@@ -193,8 +195,7 @@ for program in /bin/bash /bin/cat; do
 done
 ln -s bash "$work/tree/bin/sh"
 echo "made by hand" >"$work/tree/etc/marker"
-mke2fs -q -t ext4 -d "$work/tree" "$work/rootfs.ext4" 32M
-octets=(-H 'Content-Type: application/octet-stream')
+mke2fs -q -t ext4 -d "$work/tree" "$work/rootfs.ext4" 32M >/dev/null
 call 204 PUT "/v1/images/$image/rootfs" "${octets[@]}" -T "$work/rootfs.ext4"
 # The smallest program that says, by the note that hypervisors look for, that it can be booted.
 gcc -nostdlib -static -no-pie -x assembler -o "$work/vmlinux" - <<'ASM'
@@ -238,7 +239,7 @@ call 200 GET '/v1/admin/activity?limit=5'
 holds 'length == 5'
 call 200 GET "/v1/vms/$original/exec-logs?limit=10"
 holds 'length > 0'
-json 201 POST /v1/admin/api-keys '{"name": "example"}'
+json 201 POST /v1/admin/api-keys '{"name": "example", "scopes": ["read"]}'
 key=$(field .id)
 holds '.key | startswith("tfn_")'
 call 200 GET /v1/admin/api-keys
