@@ -1,7 +1,7 @@
 //! A login shell that has started before it is needed: an ordinary `bash -lc`, spawned as any command, that stands still
 //! between its profile and its command line until it is told the line.
 //!
-//! It is given a line of the agent's own ([`wait_line`]) and room behind it. Bash runs a string line by line, so it runs
+//! It is given a line of the agent's own (`wait_line`) and room behind it. Bash runs a string line by line, so it runs
 //! the first one, which waits on a descriptor, before it looks at what comes behind. When a command comes, the agent
 //! writes the command's line into that room, in the shell's memory, and lets it go on: from there on it is bash itself that
 //! runs its `-c` string, with its own messages, its own `exec` of a last command, and all the rest.

@@ -2,7 +2,7 @@
 //! still what was read.
 //!
 //! The rule is conservative. A shell may start early only where `/etc/profile` is the default image's own text, byte for
-//! byte, all that this includes is plain assignments ([`is_plain`]), and the user has no profile. Then nothing is run,
+//! byte, all that this includes is plain assignments (`is_plain`), and the user has no profile. Then nothing is run,
 //! written, printed, or taken from anything but these files and the environment. Where any of it has changed since, or a
 //! file has come or gone, the shell that was started early is of no use any more.
 //!

@@ -9,7 +9,7 @@
 //! A script is a command like any other: same user, groups, limits, streams and end. Inline code is its standard input.
 //! Nothing is looked at in `/workspace`: what is missing there, the runtime says on standard error.
 //!
-//! `values.js` says what values become. Nothing that the preludes write is trusted: [`outcome`] reads it again.
+//! `values.js` says what values become. Nothing that the preludes write is trusted: `outcome` reads it again.
 
 mod command;
 mod outcome;
