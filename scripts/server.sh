@@ -104,7 +104,7 @@ login_works() {
 }
 
 # The last line of a file that begins with a word, without that word; the third part is what the rest may be made of.
-last_word() { sed -nE "s/^$2($3+)\$/\1/p" "$1" 2>/dev/null | tail -n 1; }
+last_word() { [[ ! -e $1 ]] || sed -nE "s/^$2($3+)\$/\1/p" "$1" | tail -n 1; }
 
 # The server prints the first account's key and login once, at its first start; from then on they are in our file.
 write_env() {

@@ -339,6 +339,8 @@ async fn a_terminal_is_one() {
     .await;
     client.types("stty -echo; echo on$((1))ce; sleep 1000; echo st$((0))pped $?\r").await;
     client.shows("on1ce").await;
+    // Between the shell's fork and the program's start a ^C is nobody's.
+    eventually("it sleeps", async || site.exec(&id, "pgrep -f '[s]leep 1000'").await.body["exitCode"] == 0).await;
     client.types("\u{3}").await;
     client.types("echo inte$((1))rrupted\r").await;
     client.shows("inte1rrupted").await;
