@@ -36,7 +36,7 @@ pub use quota::QuotaExceeded;
 pub use sessions::Session;
 pub use snapshots::{Forked, NewFork, NewSnapshot, Snapshot, SnapshotInserted};
 pub use users::User;
-pub use vms::{Change, Desired, Inserted, NewVm, Reserve, Vm};
+pub use vms::{Change, Desired, Inserted, NewVm, Reserve, Vm, VmCursor, VmFilter};
 
 /// The database. Cheap to clone: clones share one bounded pool of connections.
 #[derive(Debug, Clone)]

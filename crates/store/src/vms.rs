@@ -5,10 +5,10 @@
 
 use sqlx::any::AnyRow;
 use tiffin_types::{
-    id::{AccountId, Digest, ImageId, SnapshotId, VmId},
+    id::{AccountId, Digest, HostLabel, ImageId, SnapshotId, VmId},
     network::EgressPolicy,
     time::Timestamp,
-    vm::{EndReport, EngineName, Isolation, ProvisionMode, VmSize, VmState},
+    vm::{EndReport, EngineName, Isolation, ProvisionMode, Service, VmSize, VmState},
 };
 
 use crate::{QuotaExceeded, Store, StoreError, row::Fields};
@@ -74,6 +74,10 @@ pub struct Vm {
     pub provision_mode: ProvisionMode,
     /// The snapshot that it was restored from; that may be gone since.
     pub snapshot_id: Option<SnapshotId>,
+    /// What its public host name begins with; records of old versions have none.
+    pub host_label: Option<HostLabel>,
+    /// What it is beyond a sandbox, if it is.
+    pub service: Option<Service>,
     /// When its record was made.
     pub created_at: Timestamp,
     /// When its record changed last.
@@ -107,6 +111,8 @@ pub struct NewVm {
     pub provision_mode: ProvisionMode,
     /// The snapshot that it is restored from.
     pub snapshot_id: Option<SnapshotId>,
+    /// What it is beyond a sandbox, if it is.
+    pub service: Option<Service>,
 }
 
 /// What became of a [`Store::vm_insert`].
@@ -148,12 +154,16 @@ pub struct Change {
 macro_rules! columns {
     () => {
         "id, account_id, image_id, image_digest, engine, isolation, cpus, mem_mb, disk_mb, egress, state, desired, \
-         end_report, provision_mode, snapshot_id, created_at, updated_at, started_at, deleted_at"
+         end_report, provision_mode, snapshot_id, host_label, lifetime, port, volume_gb, created_at, updated_at, \
+         started_at, deleted_at"
     };
 }
 
 mod insert;
+mod page;
 mod transition;
+
+pub use page::{VmCursor, VmFilter};
 
 pub(crate) use insert::insert;
 pub(crate) use transition::transition;
@@ -254,11 +264,19 @@ fn vm_from(row: &AnyRow) -> Result<Vm, StoreError> {
         end: fields.json_if_any("end_report")?,
         provision_mode: fields.named("provision_mode")?,
         snapshot_id: fields.parsed_if_any("snapshot_id")?,
+        host_label: fields.parsed_if_any("host_label")?,
+        service: service_from(&fields)?,
         created_at: fields.time("created_at")?,
         updated_at: fields.time("updated_at")?,
         started_at: fields.time_if_any("started_at")?,
         deleted_at: fields.time_if_any("deleted_at")?,
     })
+}
+
+fn service_from(fields: &Fields<'_>) -> Result<Option<Service>, StoreError> {
+    let Some(lifetime) = fields.parsed_if_any("lifetime")? else { return Ok(None) };
+    let (port, volume_gb) = (fields.number_if_any("port")?, fields.number_if_any("volume_gb")?);
+    Ok(Some(Service { lifetime, port, volume_gb }))
 }
 
 /// A plain value as JSON text.

@@ -95,6 +95,11 @@ text_id!(
     Digest, "a digest: sha256: and 64 hexadecimal digits", "sha256:", |rest| is_hex(rest, 64)
 );
 
+text_id!(
+    /// What a VM's public host name begins with: a lower-case ULID.
+    HostLabel, "a host label: a 26-character lower-case ULID", "", is_lower_ulid
+);
+
 macro_rules! random_id {
     ($($name:ident: $prefix:literal),*) => {$(
         impl $name {
@@ -122,6 +127,13 @@ impl ImageId {
     }
 }
 
+impl HostLabel {
+    /// A new label.
+    pub fn random() -> Self {
+        Self(ulid::Ulid::generate().to_string().to_ascii_lowercase())
+    }
+}
+
 impl Digest {
     /// The digest of bytes whose SHA-256 is `hash`.
     pub fn from_sha256(hash: [u8; 32]) -> Self {
@@ -146,6 +158,10 @@ fn is_upper_ulid(text: &str) -> bool {
             .all(|b| b.is_ascii_digit() || (b.is_ascii_uppercase() && !matches!(b, b'I' | b'L' | b'O' | b'U')))
 }
 
+fn is_lower_ulid(text: &str) -> bool {
+    !text.bytes().any(|b| b.is_ascii_uppercase()) && is_upper_ulid(&text.to_ascii_uppercase())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,6 +172,7 @@ mod tests {
         assert!(VmId::random().as_str().parse::<VmId>().is_ok());
         assert!(ImageId::random().as_str().parse::<ImageId>().is_ok());
         assert!(AccountId::random().as_str().parse::<AccountId>().is_ok());
+        assert!(HostLabel::random().as_str().parse::<HostLabel>().is_ok());
         assert_ne!(VmId::random(), VmId::random());
     }
 
@@ -164,6 +181,8 @@ mod tests {
         assert!(SnapshotId::random().as_str().parse::<VmId>().is_err());
         assert!("vm-0123456789ABCD".parse::<VmId>().is_err());
         assert!("vm-0123456789abc".parse::<VmId>().is_err());
+        assert!(HostLabel::random().as_str().parse::<ImageId>().is_err());
+        assert!(ImageId::random().as_str().parse::<HostLabel>().is_err());
     }
 
     proptest! {

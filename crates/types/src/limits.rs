@@ -6,6 +6,12 @@ use std::ops::RangeInclusive;
 pub const CPU: RangeInclusive<u32> = 1..=8;
 /// Memory of a VM, in MiB.
 pub const MEM_MB: RangeInclusive<u32> = 128..=8192;
+/// Memory of a VM that runs its image's program, in MiB.
+pub const SERVICE_MEM_MB: RangeInclusive<u32> = 256..=16_384;
+/// The same when its creator named none.
+pub const SERVICE_MEM_MB_DEFAULT: u32 = 256;
+/// Disk of a VM that runs its image's program, in GB of 1024 MiB.
+pub const VOLUME_GB: RangeInclusive<u32> = 1..=500;
 /// Disk (writable layer) of a VM, in MiB.
 pub const DISK_MB: RangeInclusive<u32> = 64..=512_000;
 /// Disk of a VM whose creator named none, in MiB.

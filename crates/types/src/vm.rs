@@ -8,7 +8,7 @@
 //!                          |               PAUSED --stop--> STOPPING
 //!                          |                 |                   |
 //!                          +------fail-------+-------fail--------+---> ERROR --start--> STARTING
-//!   every state but DELETED --delete--> DELETED
+//!   CREATED --prepared--> STOPPED          every state but DELETED --delete--> DELETED
 //! ```
 //!
 //! The program's own end (`ended`) takes RUNNING and PAUSED to STOPPED; an end that nobody asked for and that isn't
@@ -46,6 +46,8 @@ pub enum VmState {
 /// What moves a VM from one state to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum VmEvent {
+    /// It is made, and to be started later.
+    Prepared,
     /// A request to run it.
     Start,
     /// The agent answered.
@@ -82,6 +84,7 @@ impl VmState {
         use VmEvent as E;
         use VmState as S;
         match (self, event) {
+            (S::Created, E::Prepared) => Some(S::Stopped),
             (S::Created | S::Stopped | S::Error, E::Start) => Some(S::Starting),
             (S::Starting, E::Ready) => Some(S::Running),
             (S::Running, E::Pause) => Some(S::Paused),
@@ -93,13 +96,15 @@ impl VmState {
                 Some(S::Deleted)
             }
             (S::Created | S::Stopped | S::Error, E::Ready | E::Pause | E::Resume | E::Stop | E::Ended | E::Fail)
-            | (S::Starting, E::Start | E::Pause | E::Resume | E::Stop | E::Ended)
-            | (S::Running, E::Start | E::Ready | E::Resume)
-            | (S::Paused, E::Start | E::Ready | E::Pause)
-            | (S::Stopping, E::Start | E::Ready | E::Pause | E::Resume | E::Stop)
-            | (S::Deleted, E::Start | E::Ready | E::Pause | E::Resume | E::Stop | E::Ended | E::Fail | E::Delete) => {
-                None
-            }
+            | (S::Starting, E::Prepared | E::Start | E::Pause | E::Resume | E::Stop | E::Ended)
+            | (S::Running, E::Prepared | E::Start | E::Ready | E::Resume)
+            | (S::Paused, E::Prepared | E::Start | E::Ready | E::Pause)
+            | (S::Stopping, E::Prepared | E::Start | E::Ready | E::Pause | E::Resume | E::Stop)
+            | (S::Stopped | S::Error, E::Prepared)
+            | (
+                S::Deleted,
+                E::Prepared | E::Start | E::Ready | E::Pause | E::Resume | E::Stop | E::Ended | E::Fail | E::Delete,
+            ) => None,
         }
     }
 
@@ -304,6 +309,49 @@ impl Isolation {
     }
 }
 
+/// How long a VM is kept that was made to run its image's program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lifetime {
+    /// For one run: its end deletes it.
+    OneTime,
+    /// Until it is destroyed: it can be started again and again, with the disk that it left.
+    Cached,
+}
+
+impl Lifetime {
+    /// The name in the store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Lifetime::OneTime => "one_time",
+            Lifetime::Cached => "cached",
+        }
+    }
+}
+
+impl std::str::FromStr for Lifetime {
+    type Err = UnknownLifetime;
+    fn from_str(text: &str) -> Result<Self, UnknownLifetime> {
+        [Lifetime::OneTime, Lifetime::Cached].into_iter().find(|one| one.as_str() == text).ok_or(UnknownLifetime)
+    }
+}
+
+/// The text is no lifetime's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("must be one_time or cached")]
+pub struct UnknownLifetime;
+
+/// What a VM is beyond a sandbox: it was made to run its image's program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Service {
+    /// How long it is kept.
+    pub lifetime: Lifetime,
+    /// The port that its program listens on, if it is to be reached.
+    pub port: Option<u16>,
+    /// The disk that was asked for, in GB of 1024 MiB; `None`: the default.
+    pub volume_gb: Option<u32>,
+}
+
 /// How a VM came up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -348,7 +396,7 @@ mod tests {
             let after = state.after(VmEvent::Delete);
             assert_eq!(after.is_some(), state != VmState::Deleted);
         }
-        for event in [VmEvent::Start, VmEvent::Ready, VmEvent::Stop, VmEvent::Ended, VmEvent::Fail] {
+        for event in [VmEvent::Prepared, VmEvent::Start, VmEvent::Ready, VmEvent::Stop, VmEvent::Ended, VmEvent::Fail] {
             assert_eq!(VmState::Deleted.after(event), None);
         }
     }

@@ -84,6 +84,7 @@ async fn a_create_that_was_cut_short_before_the_engine_knew_leaves_no_record() -
         egress: record.egress.clone(),
         provision_mode: record.provision_mode,
         snapshot_id: None,
+        service: None,
     };
     server.store.vm_insert(&half_made, &account.quota, None).await?;
     server.restart().await?;

@@ -426,6 +426,7 @@ async fn a_restore_that_was_cut_short_leaves_no_vm() -> Result<()> {
         egress: record.egress.clone(),
         provision_mode: tiffin_types::vm::ProvisionMode::Snapshot,
         snapshot_id: Some(snapshot_id(&snapshot)),
+        service: None,
     };
     server.store.vm_insert(&half_made, &account.quota, None).await?;
     let (created, start) = (tiffin_types::vm::VmState::Created, tiffin_types::vm::VmEvent::Start);

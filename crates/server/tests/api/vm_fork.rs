@@ -238,6 +238,7 @@ async fn cut_short(server: &Server, vm: &str, up: &[bool]) -> Result<SnapshotId>
         egress: source.egress.clone(),
         provision_mode: ProvisionMode::Snapshot,
         snapshot_id: Some(snapshot.id.clone()),
+        service: None,
     };
     let new = NewFork { snapshot: snapshot.clone(), vms: up.iter().map(clone).collect() };
     let Forked::New(clones) = server.store.fork_insert(&new, &account.quota, None).await? else {

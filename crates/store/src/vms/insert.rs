@@ -3,9 +3,9 @@
 use sqlx::AnyConnection;
 use tiffin_types::{
     account::Quota,
-    id::{AccountId, SnapshotId},
+    id::{AccountId, HostLabel, SnapshotId},
     time::Timestamp,
-    vm::VmState,
+    vm::{Lifetime, VmState},
 };
 
 use super::{Desired, Inserted, NewVm, Vm, json, provision_mode_name, vm_from};
@@ -110,13 +110,23 @@ async fn known(
     Ok(Some(Inserted::Replay(vm_from(&query.fetch_one(db).await?)?)))
 }
 
+/// A cached VM is made to be started later.
+fn desired_at_first(new: &NewVm) -> Desired {
+    match new.service.map(|service| service.lifetime) {
+        Some(Lifetime::Cached) => Desired::Stopped,
+        Some(Lifetime::OneTime) | None => Desired::Running,
+    }
+}
+
 /// Makes a VM's record, whatever the quota says; RUNNING, it came up this moment.
 pub(crate) async fn insert(new: &NewVm, state: VmState, tx: &mut AnyConnection) -> Result<Vm, StoreError> {
     let now = Timestamp::now().as_millis();
     let statement = sqlx::query(concat!(
         "INSERT INTO vms (id, account_id, image_id, image_digest, engine, isolation, cpus, mem_mb, disk_mb, egress,
-             state, desired, provision_mode, created_at, updated_at, snapshot_id, started_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14, $15, $16) RETURNING ",
+             state, desired, provision_mode, created_at, updated_at, snapshot_id, started_at,
+             host_label, lifetime, port, volume_gb)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14, $15, $16, $17, $18, $19, $20)
+         RETURNING ",
         columns!()
     ))
     .bind(new.id.as_str())
@@ -130,11 +140,15 @@ pub(crate) async fn insert(new: &NewVm, state: VmState, tx: &mut AnyConnection) 
     .bind(i64::from(new.size.disk_mb))
     .bind(json(&new.egress))
     .bind(state.as_str())
-    .bind(Desired::Running.as_str())
+    .bind(desired_at_first(new).as_str())
     .bind(provision_mode_name(new.provision_mode))
     .bind(now)
     .bind(new.snapshot_id.as_ref().map(SnapshotId::as_str))
-    .bind((state == VmState::Running).then_some(now));
+    .bind((state == VmState::Running).then_some(now))
+    .bind(HostLabel::random().to_string())
+    .bind(new.service.map(|service| service.lifetime.as_str()))
+    .bind(new.service.and_then(|service| service.port).map(i64::from))
+    .bind(new.service.and_then(|service| service.volume_gb).map(i64::from));
     let row = returned(statement, tx)
         .await
         .map_err(|error| StoreError::or_conflict(error, format!("{} exists or its size is zero", new.id)))?;

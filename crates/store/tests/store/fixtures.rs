@@ -55,6 +55,7 @@ pub(crate) fn new_vm(account: &AccountId) -> NewVm {
         egress: EgressPolicy { outbound_internet: true, allow: vec!["10.1.0.0/16".parse().unwrap()] },
         provision_mode: ProvisionMode::Boot,
         snapshot_id: None,
+        service: None,
     }
 }
 

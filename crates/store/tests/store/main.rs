@@ -104,6 +104,8 @@ cases! {
         vms_are_counted_by_state,
         a_corrupt_vm_is_an_error_that_names_it,
         a_vm_needs_an_account_and_a_free_id,
+        what_a_vm_serves_reads_back_and_a_cached_one_is_made_to_be_down,
+        pages_tell_every_vm_once_whatever_is_made_meanwhile,
     }
     quota {
         of_32_inserts_at_once_exactly_the_quota_succeeds,

@@ -40,6 +40,7 @@ fn new_fork(of: &Vm, count: usize) -> NewFork {
     let clone = || NewVm {
         provision_mode: ProvisionMode::Snapshot,
         snapshot_id: Some(snapshot.id.clone()),
+        service: None,
         ..new_vm(&of.account_id)
     };
     let vms = (0..count).map(|_| clone()).collect();

@@ -1,9 +1,9 @@
 //! VMs: their records and transitions.
 
-use tiffin_store::{Change, Desired, NewVm, Reserve, Store, StoreError, Vm};
+use tiffin_store::{Change, Desired, Inserted, NewVm, Reserve, Store, StoreError, Vm, VmCursor, VmFilter};
 use tiffin_types::{
-    id::{AccountId, VmId},
-    vm::{EndReason, EndReport, ProvisionMode, VmEvent, VmSize, VmState},
+    id::{AccountId, ImageId, VmId},
+    vm::{EndReason, EndReport, Lifetime, ProvisionMode, Service, VmEvent, VmSize, VmState},
 };
 
 use crate::fixtures::{Db, QUOTA, account, new_vm, race, tamper, vm};
@@ -163,4 +163,54 @@ pub(crate) async fn a_vm_needs_an_account_and_a_free_id(db: Db) {
         assert!(matches!(store.vm_insert(&refused, &QUOTA, None).await, Err(StoreError::Conflict(_))));
     }
     assert_eq!(store.vm_list(&ada.id).await.unwrap(), [made]);
+}
+
+pub(crate) async fn what_a_vm_serves_reads_back_and_a_cached_one_is_made_to_be_down(db: Db) {
+    let store = db.open().await;
+    let ada = account(&store, "ada").await;
+    let sandbox = vm(&store, &ada.id).await;
+    assert_eq!(sandbox.service, None);
+    for (service, desired) in [
+        (Service { lifetime: Lifetime::OneTime, port: Some(8080), volume_gb: None }, Desired::Running),
+        (Service { lifetime: Lifetime::Cached, port: None, volume_gb: Some(3) }, Desired::Stopped),
+    ] {
+        let new = NewVm { service: Some(service), ..new_vm(&ada.id) };
+        let Inserted::New(made) = store.vm_insert(&new, &QUOTA, None).await.unwrap() else { panic!() };
+        assert_eq!((made.service, made.desired), (Some(service), desired));
+        assert!(made.host_label.is_some() && made.host_label != sandbox.host_label);
+        let prepared = moved(&store, &made, VmEvent::Prepared, Change::default()).await;
+        assert_eq!((prepared.state, prepared.started_at), (VmState::Stopped, None));
+        assert_eq!(store.vm_get(&ada.id, &made.id).await.unwrap(), Some(prepared));
+    }
+}
+
+pub(crate) async fn pages_tell_every_vm_once_whatever_is_made_meanwhile(db: Db) {
+    let store = db.open().await;
+    let (ada, bob) = (account(&store, "ada").await, account(&store, "bob").await);
+    vm(&store, &bob.id).await;
+    let mut made = Vec::new();
+    for _ in 0..5 {
+        made.push(vm(&store, &ada.id).await);
+    }
+    let gone = moved(&store, &made[2], VmEvent::Delete, Change::default()).await;
+    let filter = VmFilter { image_id: None, states: VmState::ALL.to_vec() };
+    let (mut seen, mut after) = (Vec::new(), None);
+    loop {
+        let page = store.vm_page(&ada.id, &filter, after.as_ref(), 2).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(VmCursor { created_at: last.created_at, id: last.id.clone() });
+        seen.extend(page);
+        vm(&store, &ada.id).await;
+    }
+    let mut expected: Vec<Vm> =
+        made.iter().map(|vm| if vm.id == gone.id { gone.clone() } else { vm.clone() }).collect();
+    expected.sort_by(|one, other| (other.created_at, &other.id).cmp(&(one.created_at, &one.id)));
+    assert_eq!(seen, expected);
+
+    let deleted = VmFilter { states: vec![VmState::Deleted], ..filter.clone() };
+    assert_eq!(store.vm_page(&ada.id, &deleted, None, 10).await.unwrap(), [gone]);
+    let of_image = VmFilter { image_id: Some(made[0].image_id.clone()), ..filter.clone() };
+    assert_eq!(store.vm_page(&ada.id, &of_image, None, 10).await.unwrap(), [made[0].clone()]);
+    let of_none = VmFilter { image_id: Some(ImageId::random()), ..filter };
+    assert_eq!(store.vm_page(&ada.id, &of_none, None, 10).await.unwrap(), []);
 }

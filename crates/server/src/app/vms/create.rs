@@ -92,6 +92,7 @@ async fn new_vm(app: &App, caller: &Caller, request: &VmRequest) -> Result<NewVm
         egress: request.egress.clone(),
         provision_mode: ProvisionMode::Boot,
         snapshot_id: None,
+        service: None,
     })
 }
 

@@ -35,6 +35,7 @@ pub(super) async fn new_vm(
         egress: request.egress.clone(),
         provision_mode: ProvisionMode::Snapshot,
         snapshot_id: Some(snapshot.id),
+        service: None,
     })
 }
 
@@ -51,6 +52,7 @@ pub(super) fn of_saved(app: &App, snapshot: &NewSnapshot, egress: EgressPolicy) 
         egress,
         provision_mode: ProvisionMode::Snapshot,
         snapshot_id: Some(snapshot.id.clone()),
+        service: None,
     }
 }
 
