@@ -89,6 +89,7 @@ impl Service {
                 Some(handover) => conclude(socket, files::run(&self.guest, handover, &files, socket, first.rest)),
                 None => fail(socket, &no_handover()),
             },
+            Op::Program(_) => fail(socket, &failure(FailureCode::Internal, "not there yet")),
             Op::Renew(renew) => match self.renew(renew) {
                 Ok(()) => answer(socket, &self.pong()),
                 Err(refused) => fail(socket, &refused),

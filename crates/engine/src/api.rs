@@ -10,6 +10,9 @@
 //!                                           Paused
 //! ```
 //!
+//! A VM whose spec has a program boots as any other and does nothing; [`Engine::program_start`] starts the program then, or
+//! later (so a VM can be booted ahead and stand still meanwhile). With the program, the VM ends.
+//!
 //! An engine observes; it never decides. Which request is allowed in which state, whose VM it is and what to do after
 //! an end is the business of the layers above. Every call is idempotent where that means something: creating what exists
 //! with the same spec, stopping what is down and destroying what is absent succeed. Starting what is up is refused. Calls for one VM must not overlap,
@@ -211,6 +214,16 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError::Ended`] says why where the VM itself was the cause. Dropping the future doesn't stop the start.
     async fn start(&self, id: &VmId) -> Result<Started, EngineError>;
 
+    /// Starts the program of a running VM's spec, and returns when it runs; once it does, another call changes nothing. A VM
+    /// without one is [`EngineError::Invalid`]. Where it can't be started (there is no such file or user, ...) the VM is down
+    /// again, and [`EngineError::Ended`] says why, by [`EndReason::ProgramFailed`](tiffin_types::vm::EndReason). Each start
+    /// of the VM needs a new call, but one that goes on from a snapshot with a running program: there the call finds it.
+    ///
+    /// What the program prints is logged below `<data_dir>/logs/<VM's id>/`, whether a server is there or not, and outlives
+    /// the VM: it isn't the engine's to remove. When the program ends, all in the VM is ended and the end is reported as
+    /// [`EndReason::Exited`](tiffin_types::vm::EndReason); it may come at once, and before this returns.
+    async fn program_start(&self, id: &VmId) -> Result<(), EngineError>;
+
     /// As [`Engine::create`], with the disk of a snapshot, and the first start goes on where the snapshot was taken
     /// instead of booting; each later one boots. The VM becomes itself before that start returns: host name, machine
     /// id, token, addresses, clock and the kernel's random state are its own, and two VMs of one snapshot share nothing.
@@ -235,7 +248,8 @@ pub trait Engine: Send + Sync + 'static {
     /// longer allowed stop working, and names are answered exactly when something is allowed.
     async fn set_egress(&self, id: &VmId, egress: &EgressPolicy) -> Result<(), EngineError>;
 
-    /// Shuts a running or paused VM down: the guest's processes have `grace` to end, then all is killed. The disk stays.
+    /// Shuts a running or paused VM down: the guest's processes have `grace` to end, then all is killed. A program is asked by
+    /// its own signal, and before the others. The disk stays.
     async fn stop(&self, id: &VmId, grace: Duration) -> Result<EndReport, EngineError>;
 
     /// Freezes a running VM.

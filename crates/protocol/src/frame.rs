@@ -3,6 +3,10 @@
 /// The largest frame (kind and payload), in bytes. Senders split output into smaller ones.
 pub const MAX_FRAME: usize = 1 << 20;
 
+/// The largest frame on the agent's standard output, header included. That is a pipe, which takes so much whole or not at
+/// all (`PIPE_BUF`): a guest that is saved in the middle of a write, and goes on elsewhere, tears no frame.
+pub const CHANNEL_FRAME: usize = 4096;
+
 /// Bytes of a frame's header: the length.
 pub const HEADER: usize = 4;
 

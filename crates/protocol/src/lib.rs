@@ -13,10 +13,11 @@
 //!   answers with [`Kind::Stdout`]/[`Kind::Stderr`] and exactly one last frame, [`Kind::Done`] or [`Kind::Failed`].
 //!   When the host closes the connection first, the agent kills what the operation started.
 //! * **The agent's standard output**: [`Kind::Event`] frames (JSON [`Event`]) to the VM's monitor, which gives it one
-//!   [`Boot`] as one line of JSON on standard input.
+//!   [`Boot`] as one line of JSON on standard input; and what the guest's [`Program`] prints, as [`Kind::Stdout`] and
+//!   [`Kind::Stderr`] frames. No frame there is larger than [`CHANNEL_FRAME`].
 
 pub mod frame;
 pub mod message;
 
-pub use frame::{FrameError, HEADER, Kind, MAX_FRAME, decode_header, encode};
+pub use frame::{CHANNEL_FRAME, FrameError, HEADER, Kind, MAX_FRAME, decode_header, encode};
 pub use message::*;

@@ -46,9 +46,12 @@ pub enum Op {
     Script(Script),
     /// Move files in or out; answers [`FilesDone`].
     Files(Files),
+    /// Start the program that the guest is for; answers [`ProgramStarted`], also when it runs already.
+    Program(Program),
     /// Become another guest, after a restore, or learn what has changed; answers [`Pong`].
     Renew(Renew),
-    /// End every process in the guest (SIGTERM, then SIGKILL after the grace), sync, and exit; answers `{}` first.
+    /// End every process in the guest (the program by its own signal, the others by SIGTERM, all by SIGKILL after the
+    /// grace), sync, and exit; answers `{}` first.
     Shutdown(Shutdown),
 }
 
@@ -105,6 +108,39 @@ pub struct TerminalSize {
     pub columns: u16,
     /// Rows.
     pub rows: u16,
+}
+
+/// The program that a guest is for. Unlike a command it belongs to no connection: what it prints goes to the monitor as
+/// [`Kind::Stdout`](crate::Kind::Stdout) and [`Kind::Stderr`](crate::Kind::Stderr) frames on the agent's standard output,
+/// and when it ends, the guest does.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// The program and its arguments; a name without a slash is looked up in `PATH`.
+    pub argv: Vec<String>,
+    /// All of its environment but `PATH`, `HOME` and `HOSTNAME`, which the agent adds where they are missing. Secret.
+    pub env: BTreeMap<String, String>,
+    /// Working directory, made if need be; empty for `/`.
+    pub cwd: String,
+    /// `name` or `uid`, optionally `:group` or `:gid`; empty for root. Unknown: [`FailureCode::BadUser`].
+    pub user: String,
+    /// The number of the signal that asks it to end.
+    pub stop_signal: u8,
+}
+
+impl std::fmt::Debug for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Program { argv, env, cwd, user, stop_signal } = self;
+        let mut shown = f.debug_struct("Program");
+        shown.field("argv", argv).field("env", &env.keys()).field("cwd", cwd).field("user", user);
+        shown.field("stop_signal", stop_signal).finish()
+    }
+}
+
+/// Answer to [`Op::Program`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramStarted {
+    /// Whether it was running already.
+    pub already: bool,
 }
 
 /// A program for a JavaScript runtime. It sees `result.set(value)` and `result.error(value)`; what they were given comes
@@ -338,6 +374,8 @@ pub enum FailureCode {
     BadCwd,
     /// The program is missing or can't be run.
     BadCommand,
+    /// The guest knows no such user or group.
+    BadUser,
     /// The guest has no room for another process.
     NoRoom,
     /// There is no such file.
@@ -370,4 +408,30 @@ pub enum Event {
         /// What failed.
         message: String,
     },
+    /// The program ended; the guest ends next. What processes that it left print until then comes behind this.
+    Exited {
+        /// Its exit code, or 128 + the number of the signal that ended it.
+        code: i32,
+        /// The number of the signal that ended it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signal: Option<i32>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_value_of_a_programs_environment_is_shown() {
+        let program = Program {
+            argv: vec!["run".into()],
+            env: BTreeMap::from([("KEY".into(), "hush".into())]),
+            cwd: String::new(),
+            user: String::new(),
+            stop_signal: 15,
+        };
+        let shown = format!("{:?}", Request { token: "t".into(), op: Op::Program(program) });
+        assert!(shown.contains("KEY") && !shown.contains("hush"), "{shown}");
+    }
 }

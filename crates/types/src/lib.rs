@@ -8,6 +8,7 @@ pub mod id;
 pub mod limits;
 pub mod network;
 pub mod path;
+pub mod program;
 pub mod snapshot;
 pub mod time;
 pub mod vm;

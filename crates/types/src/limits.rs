@@ -66,6 +66,16 @@ pub const PASSWORD_BYTES: RangeInclusive<usize> = 12..=256;
 pub const EMAIL_BYTES: RangeInclusive<usize> = 3..=254;
 /// Length of an image's description, in characters.
 pub const DESCRIPTION_CHARS: usize = 1000;
+/// Words of a VM's program: its name and its arguments.
+pub const PROGRAM_ARGS_MAX: usize = 1024;
+/// Bytes of all words of a VM's program together, an end for each included.
+pub const PROGRAM_ARGS_BYTES: usize = 131_072;
+/// Variables of a VM's program's environment, the image's and the request's together.
+pub const PROGRAM_ENV_VARS_MAX: usize = 1024;
+/// Length of the user that a VM's program runs as, in bytes.
+pub const PROGRAM_USER_BYTES: usize = 256;
+/// What a VM's program may take as JSON: it has to fit into one request to the guest's agent.
+pub const PROGRAM_JSON_BYTES: usize = 1_000_000;
 /// Processes and threads that a guest may have at once.
 pub const GUEST_PIDS: u32 = 1024;
 

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     id::{Digest, VmId},
     network::EgressPolicy,
+    program::Program,
 };
 
 /// A VM's durable state, by its name in the API.
@@ -157,6 +158,8 @@ pub enum EndReason {
     Requested,
     /// The program that it was started for ended by itself.
     Exited,
+    /// The program that it was to run could not be started.
+    ProgramFailed,
     /// It went over its memory limit.
     Oom,
     /// The agent didn't answer in time at boot.
@@ -175,9 +178,10 @@ pub enum EndReason {
 
 impl EndReason {
     /// Every reason.
-    pub const ALL: [EndReason; 9] = [
+    pub const ALL: [EndReason; 10] = [
         EndReason::Requested,
         EndReason::Exited,
+        EndReason::ProgramFailed,
         EndReason::Oom,
         EndReason::BootTimeout,
         EndReason::BootFailed,
@@ -192,6 +196,7 @@ impl EndReason {
         match self {
             EndReason::Requested => "requested",
             EndReason::Exited => "exited",
+            EndReason::ProgramFailed => "program_failed",
             EndReason::Oom => "oom",
             EndReason::BootTimeout => "boot_timeout",
             EndReason::BootFailed => "boot_failed",
@@ -206,7 +211,8 @@ impl EndReason {
     pub fn event(self) -> VmEvent {
         match self {
             EndReason::Requested | EndReason::Exited => VmEvent::Ended,
-            EndReason::Oom
+            EndReason::ProgramFailed
+            | EndReason::Oom
             | EndReason::BootTimeout
             | EndReason::BootFailed
             | EndReason::AgentLost
@@ -237,7 +243,8 @@ pub struct EndReport {
     pub reason: EndReason,
     /// One sentence for a person: what happened, with figures where there are any. Names nothing of the host.
     pub message: String,
-    /// The exit code of the program that the VM was started for, when it ended by itself.
+    /// The exit code of the program that the VM was started for, or 128 + the number of the signal that ended it, where
+    /// that is known: always when it ended by itself, 126 or 127 when it could not be started (as shells have it).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
 }
@@ -384,6 +391,9 @@ pub struct VmSpec {
     pub size: VmSize,
     /// What it may reach outside.
     pub egress: EgressPolicy,
+    /// The program that it is for, if it is for one. Holds secrets: it is kept in the VM's folder and nowhere else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program: Option<Program>,
 }
 
 #[cfg(test)]

@@ -33,7 +33,13 @@ impl Subject for FakeSubject {
 
     fn spec(&self) -> VmSpec {
         let size = VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 };
-        VmSpec { id: VmId::random(), image: Digest::from_sha256([7; 32]), size, egress: EgressPolicy::default() }
+        VmSpec {
+            id: VmId::random(),
+            image: Digest::from_sha256([7; 32]),
+            size,
+            egress: EgressPolicy::default(),
+            program: None,
+        }
     }
 
     async fn restart(&mut self) -> Vec<(VmId, Observed)> {

@@ -67,7 +67,7 @@ impl Host {
 
     pub(crate) fn spec_with(&self, egress: EgressPolicy) -> VmSpec {
         let size = VmSize { cpus: 1, mem_mb: 256, disk_mb: 256 };
-        VmSpec { id: VmId::random(), image: self.image.clone(), size, egress }
+        VmSpec { id: VmId::random(), image: self.image.clone(), size, egress, program: None }
     }
 
     /// A VM that runs.

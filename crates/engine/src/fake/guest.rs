@@ -76,7 +76,7 @@ async fn answer(
     match request.op {
         Op::Ping => send(writer, Kind::Done, &json(&pong())).await,
         Op::Shutdown(_) => send(writer, Kind::Done, b"{}").await,
-        Op::Renew(_) => fail(writer, FailureCode::Internal, "not in this fake yet").await,
+        Op::Program(_) | Op::Renew(_) => fail(writer, FailureCode::Internal, "not in this fake yet").await,
         Op::Files(request) => files::serve(fake, id, request, reader, writer).await,
         Op::Script(request) => scripts::serve(fake, request, reader, writer).await,
         Op::Exec(exec) => match exec.terminal {

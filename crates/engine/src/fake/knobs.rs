@@ -17,6 +17,8 @@ pub enum Call {
     Create,
     /// `start`
     Start,
+    /// `program_start`
+    ProgramStart,
     /// `stop`
     Stop,
     /// `pause`
@@ -63,9 +65,9 @@ impl Fake {
         self.lock().start_delay = delay;
     }
 
-    /// Saves or starts don't end until they are released.
+    /// Saves, starts or programs' starts don't go on until they are released.
     pub fn hold(&self, call: Call) {
-        assert!([Call::Start, Call::SnapshotSave].contains(&call), "{call:?} can't be held");
+        assert!([Call::Start, Call::ProgramStart, Call::SnapshotSave].contains(&call), "{call:?} can't be held");
         self.lock().held.push(call);
     }
 

@@ -7,6 +7,7 @@
 mod files;
 mod guest;
 mod knobs;
+mod program;
 mod scripts;
 mod snapshots;
 mod terminal;
@@ -32,6 +33,7 @@ use crate::{
 pub use files::FilesEnd;
 pub use guest::{Script, TOKEN};
 pub use knobs::Call;
+pub use program::{FakeProgram, Printed};
 use snapshots::{FakeSnapshot, Texts};
 
 /// The engine.
@@ -56,6 +58,8 @@ struct State {
     scripts: HashMap<String, Script>,
     /// What the last script's request was.
     last_script: Option<tiffin_protocol::Script>,
+    programs: HashMap<String, FakeProgram>,
+    printed: HashMap<VmId, Vec<(Printed, Vec<u8>)>>,
     files: HashMap<VmId, files::Store>,
     files_ends: HashMap<String, FilesEnd>,
     unknown: BTreeSet<VmId>,
@@ -93,8 +97,9 @@ struct FakeVm {
     memory: Texts,
     /// What commands wrote elsewhere: kept over a stop.
     disk: Texts,
-    /// The memory that the first start goes on with.
-    restore: Option<Texts>,
+    /// The memory that the first start goes on with, and whether the program runs in it.
+    restore: Option<(Texts, bool)>,
+    program_runs: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +114,8 @@ impl FakeVm {
     fn new(spec: VmSpec) -> Self {
         let (memory, disk) = (Texts::new(), Texts::new());
         let run = CancellationToken::new();
-        Self { spec, phase: Phase::Stopped, end: None, run, busy: false, memory, disk, restore: None }
+        let (phase, end, restore) = (Phase::Stopped, None, None);
+        Self { spec, phase, end, run, busy: false, memory, disk, restore, program_runs: false }
     }
 
     fn is_up(&self) -> bool {
@@ -123,6 +129,7 @@ impl FakeVm {
         self.phase = Phase::Stopped;
         self.end = Some(report);
         self.memory.clear();
+        self.program_runs = false;
         self.run.cancel();
     }
 
@@ -219,7 +226,7 @@ impl Shared {
             }
             None => {
                 vm.phase = Phase::Running;
-                vm.memory = vm.restore.take().unwrap_or_default();
+                (vm.memory, vm.program_runs) = vm.restore.take().unwrap_or_default();
                 Ok(())
             }
         }
@@ -265,6 +272,10 @@ impl Engine for Fake {
         });
         start.await.map_err(|error| EngineError::host("starting", error))??;
         Ok(Started { took: began.elapsed() })
+    }
+
+    async fn program_start(&self, id: &VmId) -> Result<(), EngineError> {
+        program::start(self, id).await
     }
 
     async fn create_from(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError> {

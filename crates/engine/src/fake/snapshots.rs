@@ -20,6 +20,7 @@ pub(super) struct FakeSnapshot {
     pub(super) size: VmSize,
     pub(super) memory: Texts,
     pub(super) disk: Texts,
+    program_runs: bool,
     /// What was uploaded.
     files: Option<files::Store>,
     pub(super) damaged: bool,
@@ -28,7 +29,7 @@ pub(super) struct FakeSnapshot {
 impl FakeSnapshot {
     /// One of a VM that never ran anything.
     pub(super) fn of(image: Digest, size: VmSize) -> Self {
-        Self { image, size, memory: Texts::new(), disk: Texts::new(), files: None, damaged: false }
+        Self { image, size, memory: Texts::new(), disk: Texts::new(), program_runs: false, files: None, damaged: false }
     }
 }
 
@@ -50,7 +51,8 @@ pub(super) fn create_from(state: &mut State, spec: &VmSpec, snapshot: &SnapshotI
         let vm = state.exclusive(&spec.id)?;
         return if vm.spec == *spec { Ok(()) } else { Err(EngineError::WrongState("made with another spec")) };
     }
-    let vm = FakeVm { disk: saved.disk, restore: Some(saved.memory), ..FakeVm::new(spec.clone()) };
+    let vm =
+        FakeVm { disk: saved.disk, restore: Some((saved.memory, saved.program_runs)), ..FakeVm::new(spec.clone()) };
     state.vms.insert(spec.id.clone(), vm);
     state.files.extend(saved.files.map(|files| (spec.id.clone(), files)));
     Ok(())
@@ -85,8 +87,9 @@ pub(super) fn finish_save(state: &mut State, id: &VmId, into: SnapshotId) -> Res
         Phase::Starting => return Err(EngineError::WrongState("starting")),
         Phase::Stopped => return Err(EngineError::WrongState("stopped")),
     }
-    let (memory, disk) = (vm.memory.clone(), vm.disk.clone());
-    let saved = FakeSnapshot { memory, disk, files, ..FakeSnapshot::of(vm.spec.image.clone(), vm.spec.size) };
+    let (memory, disk, program_runs) = (vm.memory.clone(), vm.disk.clone(), vm.program_runs);
+    let saved =
+        FakeSnapshot { memory, disk, program_runs, files, ..FakeSnapshot::of(vm.spec.image.clone(), vm.spec.size) };
     state.snapshots.insert(into, saved);
     Ok(Saved { size_bytes: SIZE_BYTES, paused: Duration::ZERO })
 }

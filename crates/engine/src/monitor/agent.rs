@@ -1,4 +1,4 @@
-//! What the monitor itself asks of the agent: to end the guest, and to become another.
+//! What the monitor itself asks of the agent: to start the program, to end the guest, and to become another.
 //!
 //! Blocking, bounded in time, one connection per operation. What the agent answers is a guest's word: its kind is looked
 //! at, and of a refusal the code.
@@ -11,9 +11,10 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt};
 use tiffin_protocol::{
-    AGENT_PORT, Boot, Failure, FailureCode, HEADER, Kind, Op, Renew, Request, Shutdown, decode_header, encode,
+    AGENT_PORT, Boot, Failure, FailureCode, HEADER, Kind, MAX_FRAME, Op, Renew, Request, Shutdown, decode_header,
+    encode,
 };
-use tiffin_types::limits;
+use tiffin_types::{limits, program::Program};
 
 use super::state::Vm;
 use crate::host::network::{self, GUEST_V4};
@@ -22,6 +23,8 @@ use crate::host::network::{self, GUEST_V4};
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the agent has for an answer that needs no waiting.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long it has to look for a program and start it.
+const START_PROGRAM: Duration = Duration::from_secs(10);
 /// An answer is small; a longer one is no honest agent's.
 const MAX_ANSWER: usize = 64 * 1024;
 /// Between two attempts to reach the agent.
@@ -85,6 +88,13 @@ pub(super) fn become_this(vm: &Vm, old_token: &str, deadline: Instant) -> io::Re
     }
 }
 
+/// Starts the program, unless it runs already.
+pub(super) fn start_program(vm: &Vm, program: &Program) -> io::Result<Answer> {
+    let Program { argv, env, cwd, user, stop_signal } = program.clone();
+    let program = tiffin_protocol::Program { argv, env, cwd, user, stop_signal: stop_signal.number() };
+    ask(&vm.launch.token, Op::Program(program), START_PROGRAM)
+}
+
 /// Whether the guest runs: one that stands still doesn't answer.
 pub(super) fn answers(vm: &Vm) -> bool {
     ask(&vm.launch.token, Op::Ping, ANSWER).is_ok()
@@ -109,7 +119,7 @@ fn renewal(vm: &Vm, machine_id: Option<String>) -> Renew {
 }
 
 /// The agent's last frame.
-enum Answer {
+pub(super) enum Answer {
     Done,
     Failed(Failure),
 }
@@ -120,6 +130,9 @@ fn ask(token: &str, op: Op, within: Duration) -> io::Result<Answer> {
     agent.set_write_timeout(Some(ANSWER))?;
     let request = Request { token: token.to_owned(), op };
     let request = serde_json::to_vec(&request).map_err(io::Error::other)?;
+    if request.len() >= MAX_FRAME {
+        return Err(io::Error::other("the request is too large"));
+    }
     agent.write_all(&encode(Kind::Request, &request))?;
     let mut header = [0; HEADER];
     agent.read_exact(&mut header)?;

@@ -24,11 +24,10 @@ use nix::{
     sched::{CloneFlags, unshare},
     unistd::Pid,
 };
-use tiffin_protocol::{Event, HEADER, Kind, decode_header};
 use tiffin_types::vm::{EndReason, EndReport};
 
 use super::{
-    agent,
+    agent, channel,
     end::forget_memory,
     launch::{self, DISK, MEMORY, Phase, RESTORE, SCRATCH},
     state::Vm,
@@ -45,9 +44,6 @@ use crate::{
 
 /// Where the agent stands in every guest.
 const AGENT: &str = "/.tiffin/tiffin-agent";
-
-/// An agent's event is a line or two; a longer frame is no agent's.
-const MAX_EVENT: usize = 64 * 1024;
 
 /// A step of the boot failed; the text is for the engine's log, not for the API.
 type Step<T> = Result<T, String>;
@@ -307,7 +303,7 @@ fn spawn_engine(vm: &Vm, (gate, opener): (RawFd, RawFd), forker: OwnedFd, pid_fi
 fn listen_to(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
     if let Some(events) = child.stdout.take() {
         let of = Arc::clone(vm);
-        vm.add_listener("events", move || follow_events(&of, events)).map_err(|e| step("a thread", e))?;
+        vm.add_listener("channel", move || channel::follow(&of, events)).map_err(|e| step("a thread", e))?;
     }
     if let Some(console) = child.stderr.take() {
         let of = Arc::clone(vm);
@@ -342,43 +338,6 @@ fn rename_guest(vm: &Arc<Vm>, old_token: String, deadline: Instant) -> Step<()> 
     };
     let thread = thread::Builder::new().name("renew".into()).stack_size(128 * 1024);
     thread.spawn(rename).map(drop).map_err(|e| step("a thread", e))
-}
-
-/// Follows the agent's events until the pipe ends. What breaks the protocol ends the following, not the reading: a
-/// guest must not come to stand because nobody empties its pipe.
-fn follow_events(vm: &Vm, mut events: impl Read) {
-    loop {
-        match next_event(&mut events) {
-            Ok(Event::Ready { .. }) => vm.ready(),
-            Ok(Event::Failed { message }) => {
-                let message: String = message.chars().take(500).collect();
-                vm.errors.line(format!("the agent failed: {message}"));
-                vm.decide_end(EndReason::BootFailed, "the guest's agent could not set the guest up");
-            }
-            Err(error) => {
-                if error.kind() != io::ErrorKind::UnexpectedEof {
-                    vm.errors.line(format!("the agent's events: {error}"));
-                }
-                let _ = io::copy(&mut events, &mut io::sink());
-                return;
-            }
-        }
-    }
-}
-
-fn next_event(from: &mut impl Read) -> io::Result<Event> {
-    let mut header = [0; HEADER];
-    from.read_exact(&mut header)?;
-    let length = decode_header(header).map_err(io::Error::other)?;
-    if length > MAX_EVENT {
-        return Err(io::Error::other(format!("an event of {length} bytes")));
-    }
-    let mut bytes = vec![0; length];
-    from.read_exact(&mut bytes)?;
-    match Kind::from_byte(bytes[0]).map_err(io::Error::other)? {
-        Kind::Event => serde_json::from_slice(&bytes[1..]).map_err(io::Error::other),
-        other => Err(io::Error::other(format!("a {other:?} frame"))),
-    }
 }
 
 /// The launcher ends once the sandbox runs; it leaves its reason on standard error, which is the console's.

@@ -22,7 +22,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use super::{
     agent, egress,
     launch::{Ask, Phase, Reply},
-    pause, save,
+    pause, program, save,
     state::{Vm, Waiter},
 };
 use crate::host::process::ToolError;
@@ -77,7 +77,7 @@ impl Drop for Counted {
 
 fn is_slow(ask: &Ask) -> bool {
     match ask {
-        Ask::Dial { .. } | Ask::Pause | Ask::Resume | Ask::Save { .. } | Ask::Egress => true,
+        Ask::Dial { .. } | Ask::Pause | Ask::Resume | Ask::Program | Ask::Save { .. } | Ask::Egress => true,
         Ask::Phase | Ask::Watch | Ask::Stop { .. } | Ask::Kill | Ask::Denied => false,
     }
 }
@@ -110,6 +110,10 @@ fn serve_one(vm: &Vm, slow: &Arc<AtomicUsize>, mut connection: UnixStream) -> io
         Ask::Resume => {
             let resume = |vm: &Vm| pause::resume(vm, pause::QUICK);
             freeze(vm, &mut connection, Phase::Paused, Phase::Running, resume)
+        }
+        Ask::Program => {
+            let reply = program::start(vm);
+            say(&mut connection, &reply)
         }
         Ask::Denied => {
             let denied = vm.denied.lock().map(|counts| counts.report()).unwrap_or_default();

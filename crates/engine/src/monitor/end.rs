@@ -67,8 +67,13 @@ fn why(vm: &Vm, status: nix::Result<WaitStatus>) -> EndReport {
     if let Some(verdict) = vm.verdict() {
         return verdict;
     }
+    let exit = vm.exit();
     if vm.stop_requested() {
-        return report(EndReason::Requested, "stopped on request".into());
+        let exit_code = exit.and_then(|exit| exit.exit_code);
+        return EndReport { reason: EndReason::Requested, message: "stopped on request".into(), exit_code };
+    }
+    if let Some(exit) = exit {
+        return exit;
     }
     match status {
         Ok(WaitStatus::Exited(_, code)) => {

@@ -118,6 +118,8 @@ pub enum Ask {
     Resume,
     /// What the network refused; [`Reply::Denied`].
     Denied,
+    /// Start the program of the VM's spec, unless it runs. [`Reply::Done`], or [`Reply::ProgramFailed`].
+    Program,
     /// Save memory, CPU state and disk into a folder; the guest goes on. [`Reply::Saved`], or [`Reply::Unsavable`],
     /// [`Reply::Full`].
     Save {
@@ -153,6 +155,8 @@ pub enum Reply {
         /// The counts.
         denied: Denied,
     },
+    /// The program can't be started, and the guest ends.
+    ProgramFailed,
     /// It is saved.
     Saved {
         /// For how many microseconds the guest stood still.

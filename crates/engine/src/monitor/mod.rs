@@ -14,12 +14,14 @@
 
 mod agent;
 mod boot;
+mod channel;
 mod control;
 mod egress;
 mod end;
 pub mod launch;
 pub mod log;
 mod pause;
+mod program;
 mod save;
 mod state;
 

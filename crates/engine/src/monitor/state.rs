@@ -85,6 +85,8 @@ struct State {
     /// Why the monitor itself decided to end the guest.
     verdict: Option<EndReport>,
     report: Option<EndReport>,
+    /// How the guest's program ended, as the agent says.
+    exit: Option<EndReport>,
     /// Connections that still have to be told of the end.
     waiting: usize,
 }
@@ -111,7 +113,7 @@ impl Vm {
             host_addresses: host.addresses,
             denied: Mutex::new(Counts::default()),
             stop_requested: AtomicBool::new(false),
-            state: Mutex::new(State { phase: Phase::Starting, verdict: None, report: None, waiting: 0 }),
+            state: Mutex::new(State { phase: Phase::Starting, verdict: None, report: None, exit: None, waiting: 0 }),
             changed: Condvar::new(),
             listeners: Mutex::default(),
         })
@@ -244,12 +246,27 @@ impl Vm {
 
     /// The monitor's own decision to end the guest; the first one counts.
     pub(super) fn decide_end(&self, reason: EndReason, message: impl Into<String>) {
-        self.lock().verdict.get_or_insert(EndReport { reason, message: message.into(), exit_code: None });
+        self.decide(EndReport { reason, message: message.into(), exit_code: None });
+    }
+
+    /// As [`Vm::decide_end`], with all that is to be reported.
+    pub(super) fn decide(&self, report: EndReport) {
+        self.lock().verdict.get_or_insert(report);
         self.kill_all();
     }
 
     pub(super) fn verdict(&self) -> Option<EndReport> {
         self.lock().verdict.clone()
+    }
+
+    /// The program ended; the first word counts.
+    pub(super) fn note_exit(&self, report: EndReport) {
+        self.lock().exit.get_or_insert(report);
+    }
+
+    /// How the program ended, if it has.
+    pub(super) fn exit(&self) -> Option<EndReport> {
+        self.lock().exit.clone()
     }
 
     /// Kills everything in the VM's PID namespace but the monitor, which is its PID 1.

@@ -10,6 +10,7 @@ mod egress;
 mod folder;
 mod images;
 mod leftovers;
+mod program;
 mod save;
 mod snapshots;
 mod stream;
@@ -273,6 +274,10 @@ impl Engine for Monitored {
                 Err(EngineError::Ended(report))
             }
         }
+    }
+
+    async fn program_start(&self, id: &VmId) -> Result<(), EngineError> {
+        self.start_program(id).await
     }
 
     async fn create_from(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError> {

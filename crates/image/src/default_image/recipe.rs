@@ -62,6 +62,7 @@ pub(super) fn config() -> ImageConfig {
         env: ENV.iter().map(|(name, value)| format!("{name}={value}")).collect(),
         working_dir: "/workspace".to_owned(),
         user: "1000:1000".to_owned(),
+        ..ImageConfig::default()
     }
 }
 

@@ -93,8 +93,13 @@ async fn boot(app: &Arc<App>, kind: Kind) {
         if work.pool.lock().is_quiet() {
             return;
         }
-        let spec =
-            VmSpec { id: id.clone(), image: kind.image.clone(), size: kind.size, egress: EgressPolicy::default() };
+        let spec = VmSpec {
+            id: id.clone(),
+            image: kind.image.clone(),
+            size: kind.size,
+            egress: EgressPolicy::default(),
+            program: None,
+        };
         let up = async {
             work.engine.create(&spec).await?;
             work.engine.start(&id).await

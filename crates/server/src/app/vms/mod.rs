@@ -136,7 +136,13 @@ pub(crate) async fn record_end(app: &App, vm: &Vm, report: EndReport) -> Result<
 
 /// What the engine is told of a VM.
 pub(crate) fn spec_of(vm: &Vm) -> VmSpec {
-    VmSpec { id: vm.id.clone(), image: vm.image_digest.clone(), size: vm.size, egress: vm.egress.clone() }
+    VmSpec {
+        id: vm.id.clone(),
+        image: vm.image_digest.clone(),
+        size: vm.size,
+        egress: vm.egress.clone(),
+        program: None,
+    }
 }
 
 /// A refusal that names the state, and the states in which it would work.
