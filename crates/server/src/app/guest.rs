@@ -99,7 +99,7 @@ impl Guest {
                 FailureCode::BadArchive => AppError::BadArchive(shown(&failure.message)),
                 FailureCode::TooLarge => AppError::OverLimit(shown(&failure.message)),
                 FailureCode::TimedOut => AppError::FilesTimeout,
-                FailureCode::Unauthorized | FailureCode::BadRequest | FailureCode::Internal => {
+                FailureCode::Unauthorized | FailureCode::BadRequest | FailureCode::BadUser | FailureCode::Internal => {
                     AppError::Agent(failure.message.into())
                 }
             },
