@@ -114,6 +114,45 @@ async fn vms_of_uploaded_filesystems_have_their_files_whatever_else_is_missing_i
     site.is_tidy().await;
 }
 
+/// What is mounted in the namespace of a process.
+fn mounts(process: &str) -> String {
+    fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_images_room_is_free_at_once_whatever_else_runs_and_so_are_vms_that_were_booted_ahead() {
+    let site = Site::start(&[ANY_DISK, "pool.max_vms=2"]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(&site, "busybox").await;
+    assert_eq!(site.try_upload(&format!("{image}/rootfs"), busybox(folder.path())).await.unwrap().status, 204);
+    let digest = now(&site, &image).await["digest"].as_str().unwrap().replace("sha256:", "");
+    let body = json!({ "cpu": 1, "memMb": 128, "allowIps": [], "imageId": image.rsplit('/').next() });
+    let vm = site.ask("POST", "/v1/vms", Some(body)).await.id();
+    let pooled = || fs::read_dir(site.data.join("vms")).unwrap().count();
+    harness::eventually("one is booted ahead", async || pooled() == 2).await;
+    assert!(mounts("self").contains(&digest));
+    // One of another image, whose namespace began as a copy of the host's.
+    let other = site.create().await;
+    let monitor = harness::monitor_pid(&site.folder(&other)).unwrap().to_string();
+    assert!(!mounts(&monitor).contains(&digest), "{}", mounts(&monitor));
+
+    site.delete(&vm).await;
+    assert_eq!(site.ask("DELETE", &image, None).await.status, 204);
+    assert!(!mounts("self").contains(&digest), "the mount went with the image");
+    assert!(!site.data.join(format!("images/sha256/{digest}.erofs")).exists());
+    for device in fs::read_dir("/sys/block").unwrap().flatten() {
+        let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
+        assert!(!backing.contains(&digest), "{backing}");
+    }
+    let of_it = fs::read_dir(site.data.join("vms"))
+        .unwrap()
+        .flatten()
+        .filter(|vm| fs::read_to_string(vm.path().join("spec.json")).is_ok_and(|spec| spec.contains(&digest)));
+    assert_eq!(of_it.count(), 0, "the one that was booted ahead");
+    assert_eq!(site.sh(&other, "echo on").await, "on\n");
+    site.delete(&other).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_that_the_servers_end_cut_short_is_none_and_the_image_can_be_uploaded_again() {
     let mut site = Site::start(&[ANY_DISK]).await;

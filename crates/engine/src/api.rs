@@ -22,7 +22,7 @@ use std::{pin::Pin, time::Duration};
 
 use async_trait::async_trait;
 use tiffin_types::{
-    id::{SnapshotId, VmId},
+    id::{Digest, SnapshotId, VmId},
     network::EgressPolicy,
     vm::{EndReport, EngineName, Isolation, VmSpec},
 };
@@ -268,6 +268,11 @@ pub trait Engine: Send + Sync + 'static {
     /// goes on watching those that run (their end arrives in [`Engine::next_end`]), clears what half-made and dead VMs
     /// left outside their folders, and tells what it saw.
     async fn adopt(&self) -> Result<Vec<(VmId, Observed)>, EngineError>;
+
+    /// Lets go of an image, so that removing its blob frees the disk; whether nothing of it is held any more. An image that a
+    /// VM here was made of stays as it is, and one that isn't held is let go of already. The caller sees to it that no VM is made of
+    /// the image meanwhile.
+    async fn image_release(&self, image: &Digest) -> Result<bool, EngineError>;
 
     /// Opens a connection into a running guest.
     async fn dial(&self, id: &VmId, target: Target) -> Result<Connection, EngineError>;

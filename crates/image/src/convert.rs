@@ -138,7 +138,7 @@ impl Converter {
     }
 
     /// Makes an image of the filesystem in the file `upload`, by way of the folder `work`, which is made and removed. The
-    /// upload is removed as soon as it isn't needed any more. Blocks for as long as it takes.
+    /// upload stays, so that it can be gone on with when this is cut short. Blocks for as long as it takes.
     ///
     /// # Errors
     /// [`ConvertError`]; nothing is left then but `work`, if it can't be removed.
@@ -177,7 +177,6 @@ impl Converter {
             Some(program) => read_confined(program, upload, &root, limits, tell)?,
             None => read(upload.as_std_path(), root.as_std_path(), false, limits, tell)?,
         };
-        fs::remove_file(upload).map_err(host)?;
         enough_room(work, limits, unpacked.bytes)?;
         let incoming = store.incoming()?;
         erofs::make(&root, unpacked.bytes, incoming.path()).map_err(|error| match error {

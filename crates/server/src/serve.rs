@@ -74,8 +74,8 @@ pub async fn serve(
             app.journal.note(Entry::of_vm(vm));
         }
     });
-    reconcile::settle_images(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
     reconcile::adopt_all(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
+    reconcile::settle_images(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
     reconcile::spawn_all(&app);
     tracing::info!(listen = listener.local_addr().map(|address| address.to_string()).ok(), "listening");
     accept_until_shutdown(&app, listener).await;

@@ -102,4 +102,5 @@ on_every_engine!(
     a_restored_vm_is_another_one,
     a_vm_can_be_destroyed_while_it_is_saved_or_restored,
     a_policy_changes_whether_the_vm_runs_or_not,
+    an_image_is_let_go_of_when_nothing_is_made_of_it,
 );

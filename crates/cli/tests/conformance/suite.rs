@@ -398,3 +398,26 @@ pub(crate) async fn a_policy_changes_whether_the_vm_runs_or_not(subject: &mut dy
     says_hello(&*engine, &id).await;
     engine.destroy(&id).await.unwrap();
 }
+
+/// Whether or not VMs of it run, and again once there are new ones.
+pub(crate) async fn an_image_is_let_go_of_when_nothing_is_made_of_it(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    let image = subject.spec().image;
+    assert!(engine.image_release(&image).await.unwrap(), "nothing was made of it yet");
+    let (one, other) = (running(subject).await, created(subject).await);
+    assert!(!engine.image_release(&image).await.unwrap());
+    engine.destroy(&one).await.unwrap();
+    assert!(!engine.image_release(&image).await.unwrap(), "one that never ran needs it too");
+    engine.start(&other).await.unwrap();
+    says_hello(&*engine, &other).await;
+    engine.stop(&other, GRACE).await.unwrap();
+    assert!(!engine.image_release(&image).await.unwrap(), "one that is down needs it too");
+    engine.destroy(&other).await.unwrap();
+    for _ in 0..2 {
+        assert!(engine.image_release(&image).await.unwrap());
+    }
+    let new = running(subject).await;
+    says_hello(&*engine, &new).await;
+    engine.destroy(&new).await.unwrap();
+    assert!(engine.image_release(&image).await.unwrap());
+}

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tiffin_types::{
-    id::{SnapshotId, VmId},
+    id::{Digest, SnapshotId, VmId},
     vm::{EndReport, VmSpec},
 };
 
@@ -37,6 +37,8 @@ pub enum Call {
     SnapshotList,
     /// `set_egress`
     SetEgress,
+    /// `image_release`
+    ImageRelease,
 }
 
 impl Fake {
@@ -65,9 +67,10 @@ impl Fake {
         self.lock().start_delay = delay;
     }
 
-    /// Saves, starts or programs' starts don't go on until they are released.
+    /// Saves, starts, programs' starts or releases of images don't go on until they are released.
     pub fn hold(&self, call: Call) {
-        assert!([Call::Start, Call::ProgramStart, Call::SnapshotSave].contains(&call), "{call:?} can't be held");
+        let held = [Call::Start, Call::ProgramStart, Call::SnapshotSave, Call::ImageRelease];
+        assert!(held.contains(&call), "{call:?} can't be held");
         self.lock().held.push(call);
     }
 
@@ -186,6 +189,11 @@ impl Fake {
     /// The VMs on the host.
     pub fn present(&self) -> Vec<VmId> {
         self.lock().vms.keys().cloned().collect()
+    }
+
+    /// The images that are held.
+    pub fn images(&self) -> Vec<Digest> {
+        self.lock().images.iter().cloned().collect()
     }
 
     /// The spec that the VM was made with.

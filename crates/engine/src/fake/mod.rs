@@ -20,7 +20,7 @@ use std::{
 
 use async_trait::async_trait;
 use tiffin_types::{
-    id::{SnapshotId, VmId},
+    id::{Digest, SnapshotId, VmId},
     network::EgressPolicy,
     vm::{EndReason, EndReport, EngineName, Isolation, VmSpec},
 };
@@ -54,6 +54,8 @@ struct Shared {
 #[derive(Default)]
 struct State {
     vms: BTreeMap<VmId, FakeVm>,
+    /// Images that are held, since a VM of them was started.
+    images: BTreeSet<Digest>,
     ends: VecDeque<Ended>,
     scripts: HashMap<String, Script>,
     /// What the last script's request was.
@@ -208,6 +210,8 @@ impl Shared {
             return Err(EngineError::NoCapacity(format!("{up} of {capacity} VMs run")));
         }
         (vm.phase, vm.busy, vm.end, vm.run) = (Phase::Starting, true, None, CancellationToken::new());
+        let image = vm.spec.image.clone();
+        state.images.insert(image);
         Ok(delay)
     }
 
@@ -369,11 +373,24 @@ impl Engine for Fake {
         let mut state = self.lock();
         // Ends that nobody took are told by what is observed.
         state.ends.clear();
+        let State { vms, images, .. } = &mut *state;
+        images.retain(|image| vms.values().any(|vm| vm.spec.image == *image));
         let seen = |(id, vm): (&VmId, &FakeVm)| {
             let observed = if state.unknown.contains(id) { Observed::Unknown } else { vm.observed() };
             (id.clone(), observed)
         };
         Ok(state.vms.iter().map(seen).collect())
+    }
+
+    async fn image_release(&self, image: &Digest) -> Result<bool, EngineError> {
+        self.shared.pass(Call::ImageRelease).await;
+        let mut state = self.lock();
+        state.fails(Call::ImageRelease)?;
+        if state.vms.values().any(|vm| vm.spec.image == *image) {
+            return Ok(false);
+        }
+        state.images.remove(image);
+        Ok(true)
     }
 
     async fn dial(&self, id: &VmId, target: Target) -> Result<Connection, EngineError> {

@@ -20,7 +20,7 @@ use std::{
 };
 
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
     unistd::Pid,
 };
@@ -150,6 +150,7 @@ fn join<T>(thread: ScopedJoinHandle<'_, Step<T>>) -> Step<T> {
 fn leave_the_host(vm: &Vm) -> Step<()> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).map_err(|e| step("a mount namespace", e))?;
+    forget_other_images(&vm.launch.image);
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).map_err(|e| step("mounting /proc", e))?;
     prove_apart(vm)?;
     network::configure_gateway_kernel().map_err(|e| step("configuring the gateway", e))?;
@@ -161,6 +162,16 @@ fn leave_the_host(vm: &Vm) -> Step<()> {
         fs::create_dir(vm.scratch(name)).map_err(|e| step("the scratch folder", e))?;
     }
     Ok(())
+}
+
+/// The namespace began as a copy of the host's: without this, the VM would keep other images' disk space as long as it runs. What
+/// can't be unmounted is no reason not to boot.
+fn forget_other_images(own: &Path) {
+    for image in own.parent().and_then(|images| fs::read_dir(images).ok()).into_iter().flatten().flatten() {
+        if image.path() != own {
+            let _ = umount2(&image.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        }
+    }
 }
 
 /// gVisor takes the addresses off the interfaces that it finds: the namespace must not be the host's.

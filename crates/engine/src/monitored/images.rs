@@ -1,17 +1,21 @@
 //! Images as the engine uses them: mounted once, read-only, shared by all VMs of the image.
+//!
+//! Invariant: an image is mounted, and unmounted as nobody uses it, with one lock held; it is mounted only for a VM whose folder is
+//! whole by then, and such a VM keeps it mounted. So an image that was let go of isn't mounted again by a start that was cut off.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
-use tiffin_types::id::Digest;
+use tiffin_types::{id::Digest, vm::VmSpec};
 use tokio::sync::Mutex;
 
 use super::{HostConfig, blocking};
 use crate::{
     EngineError,
     host::mount::{is_mounted, mount_image, unmount},
+    monitor::launch::{self, SPEC},
 };
 
 pub(super) struct Images {
@@ -42,11 +46,15 @@ impl Images {
         }
     }
 
-    /// The folder that shows the image; mounted now if it wasn't.
-    pub(super) async fn mounted(&self, digest: &Digest) -> Result<PathBuf, EngineError> {
+    /// The folder that shows the image; mounted now if it wasn't. Refused when the VM in `folder`, for which it is, was removed
+    /// meanwhile.
+    pub(super) async fn mounted(&self, digest: &Digest, folder: &Path) -> Result<PathBuf, EngineError> {
         self.require(digest)?;
         let (blob, at) = (self.blob(digest), self.mounts.join(digest.hex()));
         let _one_at_a_time = self.mounting.lock().await;
+        if !folder.join(SPEC).exists() {
+            return Err(EngineError::Absent);
+        }
         blocking(move || {
             if !is_mounted(&at) {
                 mount_image(&blob, &at)?;
@@ -55,6 +63,22 @@ impl Images {
         })
         .await
         .map_err(|e| EngineError::host("mounting the image", e))
+    }
+
+    /// Unmounts an image unless a VM below `vms` was made of it; whether it isn't mounted now.
+    pub(super) async fn let_go(&self, digest: &Digest, vms: &Path) -> Result<bool, EngineError> {
+        let (digest, at, vms) = (digest.clone(), self.mounts.join(digest.hex()), vms.to_owned());
+        let _one_at_a_time = self.mounting.lock().await;
+        let released = blocking(move || {
+            if is_used(&digest, &vms)? {
+                return Ok(false);
+            }
+            if at.try_exists()? {
+                release(&at)?;
+            }
+            Ok(true)
+        });
+        released.await.map_err(|e| EngineError::host("unmounting the image", e))
     }
 
     /// Unmounts the images that no VM uses.
@@ -67,6 +91,17 @@ impl Images {
             }
         }
     }
+}
+
+fn is_used(digest: &Digest, vms: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(vms)? {
+        // Those without a spec are on their way in or out.
+        let spec: Option<VmSpec> = launch::read(&entry?.path(), SPEC)?;
+        if spec.is_some_and(|spec| spec.image == *digest) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Unmounts one image and removes its mount point.

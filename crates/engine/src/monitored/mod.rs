@@ -30,7 +30,7 @@ use std::{
 use async_trait::async_trait;
 use tiffin_protocol::AGENT_PORT;
 use tiffin_types::{
-    id::{SnapshotId, VmId},
+    id::{Digest, SnapshotId, VmId},
     network::EgressPolicy,
     vm::{EndReport, EngineName, Isolation, VmSpec},
 };
@@ -238,7 +238,7 @@ impl Engine for Monitored {
         // First, as it has runsc asked on a thread for that where its release isn't known yet.
         let engine_version = self.engine_version().await?;
         let (restore, agent_dir) = self.restore_of(id)?;
-        let image = self.images.mounted(&spec.image).await?;
+        let image = self.images.mounted(&spec.image, &self.folder(id)).await?;
         let uplink = if spec.egress.allows_something() { Some(self.uplinks.take(id).await?) } else { None };
         let launch = Launch {
             spec,
@@ -397,6 +397,10 @@ impl Engine for Monitored {
         let used: Vec<_> = seen.iter().filter_map(|(id, _)| Some(self.spec(id).ok()?.image)).collect();
         self.images.release_unused(&used);
         Ok(seen)
+    }
+
+    async fn image_release(&self, image: &Digest) -> Result<bool, EngineError> {
+        self.images.let_go(image, &self.config.data_dir.join("vms")).await
     }
 
     async fn dial(&self, id: &VmId, target: Target) -> Result<Connection, EngineError> {

@@ -3,6 +3,8 @@
 //! Invariant: a blob goes only when no record names it, and while it goes no VM's record is made from an image
 //! ([`Images::gate`]): who has a record has its blob.
 
+pub(crate) mod leaving;
+
 use std::{sync::Arc, time::Duration};
 
 use serde_json::json;
@@ -22,11 +24,7 @@ use super::{
     auth::Caller,
     uploads::{Ongoing, Progress},
 };
-use crate::{
-    config::Config,
-    error::{AppError, chain},
-    fault,
-};
+use crate::{config::Config, error::AppError, fault};
 
 /// Where images are on this host, and what is being uploaded to them.
 pub(crate) struct Images {
@@ -38,6 +36,8 @@ pub(crate) struct Images {
     /// Held to read while a VM's record is made from an image's, to write while a record and its blobs go.
     pub(crate) gate: RwLock<()>,
     pub(crate) ongoing: Ongoing,
+    /// Blobs that may be unneeded.
+    pub(crate) leaving: leaving::Leaving,
     /// Uploads that are received at once.
     pub(super) places: Arc<Semaphore>,
     /// One conversion at a time: each takes a processor and as much disk as it may.
@@ -60,6 +60,7 @@ impl Images {
             },
             gate: RwLock::default(),
             ongoing: Ongoing::default(),
+            leaving: leaving::Leaving::default(),
             places: Arc::new(Semaphore::new(config.images.uploads_in_flight.min(Semaphore::MAX_PERMITS))),
             converting: Semaphore::new(1),
         })
@@ -145,8 +146,11 @@ pub(crate) async fn image_delete(app: &Arc<App>, caller: &Caller, id: &ImageId) 
     may_change(caller, &find(app, caller, id).await?)?;
     let (work, id) = (Arc::clone(app), id.clone());
     app.run(async move {
-        let _gate = work.images.gate.write().await;
-        let blobs = match work.store.image_delete(&id).await? {
+        let deleted = {
+            let _gate = work.images.gate.write().await;
+            work.store.image_delete(&id).await?
+        };
+        let blobs = match deleted {
             ImageDeleted::Deleted(blobs) => blobs,
             ImageDeleted::Absent => return Err(AppError::NotFound("image")),
             ImageDeleted::InUse { vms, snapshots } => return Err(in_use(vms, snapshots)),
@@ -161,7 +165,8 @@ pub(crate) async fn image_delete(app: &Arc<App>, caller: &Caller, id: &ImageId) 
         };
         fault::point("after_image_delete");
         tracing::info!(image_id = %id, "image {id} deleted");
-        release(&work, &blobs).await
+        leaving::let_go(&work, blobs).await;
+        Ok(())
     })
     .await
 }
@@ -186,28 +191,6 @@ pub(super) fn uploading() -> AppError {
         message: "something is being uploaded to the image: wait for its end".into(),
         details: json!({}),
     }
-}
-
-/// Removes those of the blobs that no record names any more. The caller holds the gate to write.
-pub(super) async fn release(app: &App, blobs: &[Digest]) -> Result<(), AppError> {
-    if blobs.is_empty() {
-        return Ok(());
-    }
-    let used = app.store.digests_in_use().await?;
-    for digest in blobs.iter().filter(|digest| !used.contains(digest)) {
-        for store in [app.images.filesystems.clone(), app.images.kernels.clone()] {
-            let (digest, name) = (digest.clone(), digest.to_string());
-            let removed = tokio::task::spawn_blocking(move || store.remove(&digest)).await;
-            let failed = match removed {
-                Ok(Ok(())) => continue,
-                Ok(Err(error)) => chain(&error),
-                Err(error) => error.to_string(),
-            };
-            // The sweep of the next start tries again.
-            tracing::warn!(digest = name, error = failed, "a blob that nothing needs can't be removed now");
-        }
-    }
-    Ok(())
 }
 
 /// The image, if the caller sees it.

@@ -66,6 +66,8 @@ struct State {
     quiet_until: Option<Instant>,
     /// Kinds of which none came up, and until when none is tried.
     resting: HashMap<Kind, Instant>,
+    /// What is on its way up, unless it isn't wanted any more.
+    coming: Option<(Kind, VmId)>,
     closed: bool,
 }
 
@@ -182,6 +184,22 @@ impl Pool {
         state.ready.values_mut().for_each(|ids| ids.retain(|ready| ready != id));
         state.tell();
         state.ready_count() < before
+    }
+
+    /// Destroys the VMs of an image that nobody can ask for any more, one that is on its way up too.
+    pub(super) async fn forget_image(&self, app: &App, image: &Digest) {
+        let gone: Vec<VmId> = {
+            let mut state = self.lock();
+            state.demand.forget_image(image);
+            let (of_it, others) =
+                std::mem::take(&mut state.ready).into_iter().partition(|(kind, _)| kind.image == *image);
+            state.ready = others;
+            state.tell();
+            let of_it: HashMap<Kind, VecDeque<VmId>> = of_it;
+            let coming = state.coming.take_if(|(kind, _)| kind.image == *image).map(|(_, id)| id);
+            of_it.into_values().flatten().chain(coming).collect()
+        };
+        destroy_all(app, &gone).await;
     }
 
     /// Drops the pooled VMs that don't run, which the engine didn't tell of.

@@ -36,7 +36,7 @@ use tokio::{io::AsyncWriteExt, sync::OwnedSemaphorePermit, time::Instant};
 use super::{
     App,
     auth::Caller,
-    images::{find, may_change, release, uploading},
+    images::{find, leaving, may_change, uploading},
 };
 use crate::{
     error::{AppError, chain},
@@ -47,6 +47,9 @@ use crate::{
 const PROGRESS_BYTES: u64 = 256 << 10;
 /// Free space is looked at each time that so many bytes were received.
 const LOOK_EVERY: u64 = 64 << 20;
+
+/// How often a blob is made that is removed, as another image's, before it is named.
+const TRIES: usize = 3;
 
 /// How far an upload is.
 #[derive(Debug, Clone, Copy)]
@@ -215,12 +218,18 @@ async fn upload<B: AsRef<[u8]>>(
     let path = folder.join("upload");
     receive(app, begun, &path, body).await?;
     fault::point("after_upload_received");
-    let uploaded = match begun.part {
-        Upload::Rootfs => convert(app, begun, path, folder.join("work")).await?,
-        Upload::Kernel => keep_kernel(app, path).await?,
-    };
-    fault::point("after_upload_converted");
-    finish(app, begun, &uploaded).await
+    for _ in 0..TRIES {
+        let uploaded = match begun.part {
+            Upload::Rootfs => convert(app, begun, path.clone(), folder.join("work")).await?,
+            Upload::Kernel => keep_kernel(app, path.clone()).await?,
+        };
+        fault::point("after_upload_converted");
+        match finish(app, begun, &uploaded).await? {
+            Finish::Named => return Ok(()),
+            Finish::Gone => {}
+        }
+    }
+    Err(AppError::Unavailable { code: "busy", message: "images of these files come and go; upload it again".into() })
 }
 
 async fn receive<B: AsRef<[u8]>>(
@@ -312,22 +321,34 @@ async fn keep_kernel(app: &Arc<App>, upload: Utf8PathBuf) -> Result<Uploaded, Ap
 }
 
 /// Names the new blob in the image's record, and lets go of the one that it had.
-async fn finish(app: &App, begun: &Begun, uploaded: &Uploaded) -> Result<(), AppError> {
-    let (image, new) = (&begun.image, digest_of(uploaded));
-    let _gate = app.images.gate.write().await;
-    let quota = &app.config.images.quota;
+async fn finish(app: &Arc<App>, begun: &Begun, uploaded: &Uploaded) -> Result<Finish, AppError> {
+    let (image, new, quota) = (&begun.image, digest_of(uploaded), &app.config.images.quota);
+    let gate = app.images.gate.write().await;
+    let store = match uploaded {
+        Uploaded::Rootfs { .. } => &app.images.filesystems,
+        Uploaded::Kernel { .. } => &app.images.kernels,
+    };
+    if !store.contains(new) {
+        // It was there already, as another image's, and went with that one just now.
+        return Ok(Finish::Gone);
+    }
     let finished = app.store.image_upload_finish(&image.id, image.account_id.as_ref(), quota, uploaded).await;
+    drop(gate);
     let (unneeded, outcome) = match finished {
-        Ok(Ok(replaced)) => (replaced, Ok(())),
+        Ok(Ok(replaced)) => (replaced, Ok(Finish::Named)),
         Ok(Err(over)) => (Some(new.clone()), Err(AppError::OverQuota(over))),
         Err(error) => (Some(new.clone()), Err(error.into())),
     };
-    let released = release(app, unneeded.as_slice()).await;
-    if let Err(error) = released {
-        // The sweep of the next start does it.
-        tracing::warn!(image_id = %image.id, error = error.inside(), "a blob that was replaced stays for now");
-    }
+    leaving::let_go(app, unneeded).await;
     outcome
+}
+
+/// What became of a new blob.
+enum Finish {
+    /// The image has it.
+    Named,
+    /// It isn't there any more; make it again.
+    Gone,
 }
 
 fn digest_of(uploaded: &Uploaded) -> &Digest {

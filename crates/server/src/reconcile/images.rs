@@ -2,10 +2,14 @@
 
 use std::time::{Duration, SystemTime};
 
-use tiffin_image::{blob::BlobStore, default_image};
+use tiffin_image::{
+    blob::{BlobError, BlobStore},
+    default_image,
+};
+use tiffin_types::id::Digest;
 
 use crate::{
-    app::{App, uploads},
+    app::{App, images::leaving, uploads},
     error::{AppError, chain},
 };
 
@@ -14,8 +18,8 @@ const INTERRUPTED: &str = "the upload was interrupted by an end of the server: u
 /// A younger blob may be on its way to a record: a build of the default image keeps it before it registers it.
 const YOUNG: Duration = Duration::from_secs(3600);
 
-/// Before the server listens: clears what uploads that an earlier server didn't end have left, and removes the blobs that
-/// no record names.
+/// Before the server listens, once the engine has adopted what runs: clears what uploads that an earlier server didn't end have
+/// left, and removes the blobs that no record names.
 pub(crate) async fn settle_images(app: &App) -> Result<(), AppError> {
     settle_uploads(app).await?;
     match tokio::fs::remove_dir_all(uploads::folder(app)).await {
@@ -45,28 +49,30 @@ pub(super) async fn sweep_blobs(app: &App) -> Result<(), AppError> {
     let mut used = app.store.digests_in_use().await?;
     let data_dir = app.config.data_dir.clone();
     let stores = [app.images.filesystems.clone(), app.images.kernels.clone()];
-    let swept = tokio::task::spawn_blocking(move || {
+    let listed = tokio::task::spawn_blocking(move || {
         // Built, and maybe not in this database yet.
         used.extend(default_image::recorded(&data_dir).map(|image| image.digest));
+        let mut unused = Vec::new();
         for store in stores {
-            if let Err(error) = sweep_store(&store, &used) {
-                tracing::warn!(error = chain(&error), "blobs that nothing needs can't be removed now");
+            match unused_in(&store, &used) {
+                Ok(digests) => unused.extend(digests),
+                Err(error) => tracing::warn!(error = chain(&error), "blobs that nothing needs can't be removed now"),
             }
         }
+        unused
     });
-    swept.await.map_err(|error| AppError::internal("sweeping blobs", error))
+    let unused = listed.await.map_err(|error| AppError::internal("sweeping blobs", error))?;
+    for digest in unused {
+        leaving::remove(app, &digest).await;
+    }
+    Ok(())
 }
 
-fn sweep_store(store: &BlobStore, used: &[tiffin_types::id::Digest]) -> Result<(), tiffin_image::blob::BlobError> {
+fn unused_in(store: &BlobStore, used: &[Digest]) -> Result<Vec<Digest>, BlobError> {
     let is_old = |path: &camino::Utf8Path| {
         let modified = path.symlink_metadata().and_then(|metadata| metadata.modified());
         modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > YOUNG))
     };
-    for blob in store.list()? {
-        if !used.contains(&blob.digest) && is_old(&store.path(&blob.digest)) {
-            tracing::info!(digest = %blob.digest, "removing a blob that nothing needs");
-            store.remove(&blob.digest)?;
-        }
-    }
-    Ok(())
+    let blobs = store.list()?.into_iter().map(|blob| blob.digest);
+    Ok(blobs.filter(|digest| !used.contains(digest) && is_old(&store.path(digest))).collect())
 }

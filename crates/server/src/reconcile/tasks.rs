@@ -8,7 +8,7 @@ use tokio::time::MissedTickBehavior;
 use super::images::{settle_uploads, sweep_blobs};
 use super::vms::{end_noticed, reconcile_all, settle_starting};
 use crate::{
-    app::{App, pool, sessions},
+    app::{App, images::leaving, pool, sessions},
     error::chain,
 };
 
@@ -58,6 +58,7 @@ async fn reconcile(app: Arc<App>) {
     if let Err(error) = settle_uploads(&app).await {
         tracing::error!(error = error.inside(), "uploads can't be reconciled now");
     }
+    leaving::release_leaving(&app).await;
     if let Err(error) = reconcile_all(&app).await {
         tracing::error!(error = error.inside(), "VMs can't be reconciled now");
     }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use futures_util::stream;
 use reqwest::Method;
 use serde_json::{Value, json};
+use tiffin_engine::fake::Call;
 use tiffin_store::{NewImage, Upload};
 use tiffin_types::id::{Digest, ImageId};
 
@@ -40,7 +41,7 @@ impl Server {
     }
 
     /// One with a filesystem in it.
-    async fn ready_image(&self, name: &str) -> Result<String> {
+    pub(crate) async fn ready_image(&self, name: &str) -> Result<String> {
         let path = self.image(name).await?;
         self.put(&format!("{path}/rootfs"), ext4(name)?).await?.ok(204);
         Ok(path)
@@ -144,7 +145,7 @@ async fn an_uploaded_filesystem_makes_vms_and_its_image_goes_with_its_blob_once_
 
 #[tokio::test]
 async fn a_new_filesystem_replaces_the_old_one_which_stays_as_long_as_a_vm_was_made_of_it() -> Result<()> {
-    let mut server = Server::start_with(&[ANY_DISK]).await?;
+    let server = Server::start_with(&[ANY_DISK, ("vm.reconcile_ms", "50")]).await?;
     let path = server.ready_image("first").await?;
     let vm = server.vm_of(&path).await?;
     let first = server.image_now(&path).await?["digest"].clone();
@@ -153,16 +154,56 @@ async fn a_new_filesystem_replaces_the_old_one_which_stays_as_long_as_a_vm_was_m
     assert_eq!(server.blobs("sha256")?.len(), 2);
     server.delete(&vm).await?.ok(204);
     server.put(&format!("{path}/rootfs"), ext4("third")?).await?.ok(204);
-    // The second went with the third's coming. The first, which a VM had kept, goes with the next sweep, once it is old.
-    let blobs = server.blobs("sha256")?;
-    assert_eq!(blobs.len(), 2);
-    for blob in blobs {
-        std::fs::File::open(blob)?.set_modified(std::time::SystemTime::now() - Duration::from_secs(86_400))?;
-    }
-    server.restart().await?;
+    // The second went with the third's coming; the first, which a VM had kept, goes with the VM.
+    until("one blob is left", async || Ok(server.blobs("sha256")?.len() == 1)).await?;
     let third = server.image_now(&path).await?["digest"].as_str().context("a digest")?.to_owned();
     let blobs = server.blobs("sha256")?;
     assert!(blobs.len() == 1 && blobs[0].to_str().unwrap().contains(&third[7..]), "{blobs:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_images_blob_goes_when_the_engine_has_let_go_of_it_and_is_tried_again_until_then() -> Result<()> {
+    let server = Server::start_cold_with(&[ANY_DISK, ("vm.reconcile_ms", "50")]).await?;
+    let path = server.ready_image("mine").await?;
+    let digest: Digest = server.image_now(&path).await?["digest"].as_str().context("a digest")?.parse()?;
+    let vm = server.vm_of(&path).await?;
+    assert!(server.fake.images().contains(&digest));
+    // The VM's end is not the engine's yet.
+    server.fake.fail_next(Call::Destroy);
+    assert_eq!(server.delete(&vm).await?.status, 500);
+    server.fake.fail_next(Call::ImageRelease);
+    server.delete(&path).await?.ok(204);
+    until("the blob is gone", async || Ok(server.blobs("sha256")?.is_empty())).await?;
+    assert!(!server.fake.images().contains(&digest), "unlinked while it was held, it would keep its room");
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_upload_whose_blob_goes_with_another_image_just_before_it_is_named_makes_it_again() -> Result<()> {
+    let server = Server::start_with(&[ANY_DISK]).await?;
+    let (one, other) = (server.ready_image("same").await?, server.image("other").await?);
+    let blob = server.blobs("sha256")?.pop().context("a blob")?;
+    let old = std::time::SystemTime::now() - Duration::from_secs(86_400);
+    std::fs::File::open(&blob)?.set_modified(old)?;
+    server.fake.hold(Call::ImageRelease);
+    let deletion = send(server.request(Method::DELETE, &one));
+    let rootfs = format!("{other}/rootfs");
+    let upload = server.put(&rootfs, ext4("same")?);
+    let release = async {
+        until("the deletion waits for the engine", async || Ok(server.get(&one).await?.status == 404)).await?;
+        // An upload marks the blob that it found as new.
+        until("the blob is made", async || Ok(blob.metadata()?.modified()? > old)).await?;
+        assert_ne!(server.image_now(&other).await?["status"], "ready");
+        server.fake.release(Call::ImageRelease);
+        anyhow::Ok(())
+    };
+    let (deleted, uploaded, released) = tokio::join!(deletion, upload, release);
+    released?;
+    deleted?.ok(204);
+    uploaded?.ok(204);
+    assert!(blob.exists(), "the record names what is there");
+    server.vm_of(&other).await?;
     Ok(())
 }
 

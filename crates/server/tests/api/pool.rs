@@ -254,3 +254,37 @@ async fn the_measurements_tell_of_hits_and_misses() -> Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn vms_of_an_image_that_is_deleted_or_replaced_go_with_it_those_on_their_way_up_too() -> Result<()> {
+    let any_disk = ("images.min_free_disk_mb", "1");
+    for on_its_way in [false, true] {
+        let server = Server::start_with(&[("pool.max_vms", "2"), ("pool.keep", ""), any_disk]).await?;
+        let path = server.ready_image("mine").await?;
+        let body = with("imageId", json!(path.rsplit('/').next()));
+        let (id, _) = create(&server, &body).await?;
+        let ready = until_pooled(&server, 1).await?;
+        if on_its_way {
+            server.fake.hold(Call::Start);
+            let (second, _) = create(&server, &body).await?;
+            assert_eq!(ready, std::slice::from_ref(&second), "it was there already");
+            server.delete(&format!("/v1/vms/{second}")).await?.ok(204);
+            until("another one is on its way", async || {
+                let mut starting = Vec::new();
+                for id in server.fake.present() {
+                    starting.extend((server.fake.observe(&id).await == Observed::Starting).then_some(id));
+                }
+                Ok(!starting.is_empty())
+            })
+            .await?;
+        }
+        server.delete(&format!("/v1/vms/{id}")).await?.ok(204);
+        server.delete(&path).await?.ok(204);
+        assert_eq!(server.fake.present(), [], "on its way: {on_its_way}");
+        assert_eq!(std::fs::read_dir(server.data_dir().join("images/sha256"))?.count(), 0);
+        server.fake.release(Call::Start);
+        server.stop().await;
+        assert_eq!(server.fake.present(), []);
+    }
+    Ok(())
+}

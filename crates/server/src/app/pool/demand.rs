@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tiffin_types::id::Digest;
+
 use super::Kind;
 
 /// Kinds that are remembered; whoever was asked for longest ago is forgotten for a new one.
@@ -31,6 +33,11 @@ impl Demand {
     /// Forgets a kind: it doesn't come up.
     pub(super) fn forget(&mut self, kind: &Kind) {
         self.0.remove(kind);
+    }
+
+    /// Forgets all of an image: nobody can ask for it any more.
+    pub(super) fn forget_image(&mut self, image: &Digest) {
+        self.0.retain(|kind, _| kind.image != *image);
     }
 
     /// How often each kind was asked for within `recent`; what is older is forgotten.
@@ -68,7 +75,7 @@ pub(super) fn targets(keep: &[(Kind, usize)], counts: &HashMap<Kind, usize>, mos
 
 #[cfg(test)]
 mod tests {
-    use tiffin_types::{id::Digest, vm::VmSize};
+    use tiffin_types::vm::VmSize;
 
     use super::*;
 

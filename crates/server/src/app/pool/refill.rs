@@ -101,26 +101,60 @@ async fn boot(app: &Arc<App>, kind: Kind) {
             program: None,
         };
         let up = async {
-            work.engine.create(&spec).await?;
-            work.engine.start(&id).await
-        };
-        match tokio::time::timeout(work.config.vm.start_timeout, up).await {
-            Ok(Ok(_)) => {
-                let mut state = work.pool.lock();
-                if !state.is_quiet() {
-                    tracing::debug!(vm_id = %id, "VM {id} is up ahead");
-                    state.ready.entry(kind).or_default().push_back(id);
-                    state.tell();
-                    return;
-                }
+            if !make(&work, &kind, &spec).await? {
+                return Ok(false);
             }
-            Ok(Err(error)) => rest(&work, &kind, &error),
-            Err(_) => rest(&work, &kind, &EngineError::WrongState("not up in time")),
+            work.engine.start(&id).await.map(|_| true)
+        };
+        let came_up = tokio::time::timeout(work.config.vm.start_timeout, up).await;
+        if put(&work, &kind, &id, came_up.unwrap_or(Err(EngineError::WrongState("not up in time")))) {
+            return;
         }
         destroy_all(&work, &[id]).await;
     });
     // It panics only where the code is wrong, and then the next look boots another.
     let _ = boot.await;
+}
+
+/// Makes a VM, if its image is still there; whether it was. From then on the engine sees a user of the image, and
+/// [`super::Pool::forget_image`] the VM.
+async fn make(app: &App, kind: &Kind, spec: &VmSpec) -> Result<bool, EngineError> {
+    // The blob can't go meanwhile.
+    let _gate = app.images.gate.read().await;
+    match app.store.image_by_digest(&kind.image).await {
+        Ok(Some(_)) => {}
+        Ok(None) => {
+            app.pool.lock().demand.forget_image(&kind.image);
+            return Ok(false);
+        }
+        Err(error) => return Err(EngineError::host("looking for the image", error)),
+    }
+    app.pool.lock().coming = Some((kind.clone(), spec.id.clone()));
+    app.engine.create(spec).await.map(|()| true)
+}
+
+/// Puts a VM that came up into the pool; `false` when it has to be destroyed: it didn't, or isn't wanted any more.
+fn put(app: &App, kind: &Kind, id: &VmId, came_up: Result<bool, EngineError>) -> bool {
+    let is_wanted = app.pool.lock().coming.take().is_some_and(|(_, coming)| coming == *id);
+    match came_up {
+        Ok(true) if is_wanted => {
+            let mut state = app.pool.lock();
+            if state.is_quiet() {
+                return false;
+            }
+            tracing::debug!(vm_id = %id, "VM {id} is up ahead");
+            state.ready.entry(kind.clone()).or_default().push_back(id.clone());
+            state.tell();
+            true
+        }
+        Ok(_) => false,
+        // It was destroyed on its way up.
+        Err(_) if !is_wanted => false,
+        Err(error) => {
+            rest(app, kind, &error);
+            false
+        }
+    }
 }
 
 /// After a failure: that kind isn't booted for a while, and then only when it is asked for again. Others are none the

@@ -72,14 +72,17 @@ pub(crate) async fn vm_delete(app: &Arc<App>, caller: &Caller, id: &VmId) -> Res
     caller.require(Scope::Write)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
     app.run(async move {
-        loop {
+        let vm = loop {
             let vm = find(&work, &caller, &id).await?;
             if mark_deleted(&work, &vm, None).await? {
-                break;
+                break vm;
             }
-        }
+        };
         fault::point("after_delete_intent");
-        destroy(&work, &id).await
+        let destroyed = destroy(&work, &id).await;
+        // Its image may have been replaced since, and be needed by nobody now.
+        work.images.leaving.add([vm.image_digest]);
+        destroyed
     })
     .await
 }
