@@ -290,7 +290,7 @@ fn describe(error: &AppError) -> (StatusCode, &str, Value) {
         AppError::TimedOut => (StatusCode::SERVICE_UNAVAILABLE, "timed_out", Value::Null),
         AppError::Unavailable { code, .. } => (StatusCode::SERVICE_UNAVAILABLE, code, Value::Null),
         AppError::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", Value::Null),
-        AppError::Boot(report) if report.reason == EndReason::Oom => {
+        AppError::Boot(report) if matches!(report.reason, EndReason::Oom | EndReason::ProgramFailed) => {
             (StatusCode::UNPROCESSABLE_ENTITY, report.reason.as_str(), Value::Null)
         }
         AppError::Boot(report) => (StatusCode::INTERNAL_SERVER_ERROR, report.reason.as_str(), Value::Null),

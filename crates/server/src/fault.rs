@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 static ARMED: OnceLock<String> = OnceLock::new();
 
 /// Every point, in the order in which a VM's life passes them.
-pub const POINTS: [&str; 23] = [
+pub const POINTS: [&str; 26] = [
     "after_vm_insert",
     "after_start_intent",
     "after_engine_create",
@@ -29,6 +29,10 @@ pub const POINTS: [&str; 23] = [
     // A fork passes those of a snapshot too, and those of a create for each clone.
     "after_fork_insert",
     "before_fork_commit",
+    // A VM that runs its image's program passes those of a VM's life, too.
+    "after_program_start",
+    "after_prepare",
+    "after_end_recorded",
     // A create that takes a VM that is up already.
     "after_pool_claim",
     // An upload to an image, and an image's end.

@@ -8,7 +8,7 @@ use tiffin_types::{
     id::{AccountId, Digest, HostLabel, ImageId, SnapshotId, VmId},
     network::EgressPolicy,
     time::Timestamp,
-    vm::{EndReport, EngineName, Isolation, ProvisionMode, Service, VmSize, VmState},
+    vm::{EndReport, EngineName, Isolation, Lifetime, ProvisionMode, Service, VmSize, VmState},
 };
 
 use crate::{QuotaExceeded, Store, StoreError, row::Fields};
@@ -88,7 +88,19 @@ pub struct Vm {
     pub deleted_at: Option<Timestamp>,
 }
 
-/// A VM to be made. It begins as CREATED, desired to be running.
+impl Vm {
+    /// Whether it is for one run of its image's program.
+    pub fn is_one_time(&self) -> bool {
+        self.service.is_some_and(|service| service.lifetime == Lifetime::OneTime)
+    }
+
+    /// Whether it is kept to run its image's program again and again.
+    pub fn is_cached(&self) -> bool {
+        self.service.is_some_and(|service| service.lifetime == Lifetime::Cached)
+    }
+}
+
+/// A VM to be made. It begins as CREATED; unless it is a cached one, it is desired to be running.
 #[derive(Debug, Clone)]
 pub struct NewVm {
     /// Its id.

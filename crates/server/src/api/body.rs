@@ -1,7 +1,8 @@
 //! Request bodies: JSON objects, bounded in size and time, read field by field; and bytes that are passed on as they come.
 //!
 //! Invariant: whatever the body is, the answer names what is wrong with it, every wrong field at once; a field that
-//! nobody asked for is an error, as a misspelt one would otherwise be ignored without a word.
+//! nobody asked for is an error, as a misspelt one would otherwise be ignored without a word (but in the dialect that has it
+//! so).
 
 use std::{sync::Arc, time::Duration};
 
@@ -263,6 +264,11 @@ impl Fields {
             let shown: String = name.chars().take(64).collect();
             self.wrong(shown, format!("is no field of this request: {known}"));
         }
+        self.finish_leniently(value)
+    }
+
+    /// As [`Fields::finish_with`], where fields that nobody took are no error.
+    pub(crate) fn finish_leniently<T>(self, value: Option<T>) -> Result<T, AppError> {
         match value {
             Some(value) if self.errors.is_empty() => Ok(value),
             _ => Err(AppError::Fields(self.errors)),

@@ -16,6 +16,7 @@ use utoipa::openapi::OpenApi;
 
 use super::{
     audit::Audit,
+    cakework::unprefixed,
     layer::RequestId,
     request::{Peer, client_address},
     sessions::{Origin, origin, token},
@@ -103,7 +104,7 @@ impl Operation {
     fn new(id: String, route: &str, method: &Method) -> Self {
         let limited = limited(method, route);
         let is_administration = route.starts_with("/v1/admin/") || route.starts_with("/auth/");
-        let unsafe_ = *method != Method::GET;
+        let unsafe_ = changes(method, unprefixed(route));
         let is_quick = is_administration || (!unsafe_ && route != "/v1/vms/{id}/files/download");
         let attempt = match route {
             "/auth/login" => Some(Attempt::Login),
@@ -115,9 +116,17 @@ impl Operation {
     }
 }
 
+/// Whether an operation changes something. The second dialect takes other methods for some.
+fn changes(method: &Method, route: &str) -> bool {
+    match (method.as_str(), route) {
+        ("POST", "/v1/vm/{id}") => false,
+        (method, _) => method != "GET",
+    }
+}
+
 /// Whether operations of that route need a caller.
 pub(super) fn is_guarded(route: &str) -> bool {
-    route.starts_with("/v1/") || route == "/auth/me"
+    unprefixed(route).starts_with("/v1/") || unprefixed(route) == "/vms" || route == "/auth/me"
 }
 
 /// Whether a route is for what programs do in VMs all day: it would crowd out everything else that is noted, and the exec
@@ -129,7 +138,8 @@ fn is_work(route: &str) -> bool {
 
 /// The contract's limits, and under each what comes to the same.
 fn limited(method: &Method, route: &str) -> Option<Limited> {
-    match (method.as_str(), route) {
+    match (method.as_str(), unprefixed(route)) {
+        ("POST", "/v1/vm/start" | "/v1/vm/cache" | "/v1/vm/cached/{id}/start") => Some(Limited::VmCreate),
         // A fork makes VMs too, several at once; a snapshot costs as much.
         ("POST", "/v1/vms" | "/v1/vms/{id}/fork" | "/v1/vms/{id}/snapshots") => Some(Limited::VmCreate),
         ("POST", "/v1/vms/{id}/exec") | ("GET", "/v1/vms/{id}/terminal") => Some(Limited::Exec),

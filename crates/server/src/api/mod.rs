@@ -5,6 +5,7 @@ mod activity;
 mod api_keys;
 mod audit;
 mod body;
+mod cakework;
 mod docs;
 mod events;
 mod exec;

@@ -21,6 +21,7 @@ use crate::error::{ErrorBody, FieldError};
     ),
     tags(
         (name = "VMs", description = "Isolated machines: made, started, stopped, deleted"),
+        (name = "Programs", description = "VMs that run their image's program, for one run or cached: the second dialect"),
         (name = "Commands", description = "Commands in VMs"),
         (name = "Snapshots", description = "Saved VMs, of which others are made"),
         (name = "Files", description = "Files of VMs, below /workspace"),

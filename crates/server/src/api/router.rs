@@ -8,8 +8,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
-    accounts, activity, api_keys, docs, events, exec, exec_logs, files, gate, health, images, layer, openapi, overview,
-    scripts, sessions, snapshots, terminal, vm_logs, vms,
+    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, layer, openapi,
+    overview, scripts, sessions, snapshots, terminal, vm_logs, vms,
 };
 use crate::{app::App, error::AppError};
 
@@ -53,7 +53,8 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sessions::session_delete))
         .routes(routes!(sessions::session_get))
         .routes(routes!(health::health_get))
-        .routes(routes!(health::metrics_get));
+        .routes(routes!(health::metrics_get))
+        .merge(cakework::operations());
     openapi::complete(router.get_openapi_mut());
     router
 }

@@ -341,6 +341,7 @@ fn vm_request(mut fields: Fields) -> Result<VmRequest, AppError> {
             egress: EgressPolicy { outbound_internet: outbound_internet?, allow: allow? },
             image_id: image_id?,
             snapshot_id: snapshot_id?,
+            service: None,
         })
     })();
     fields.finish_with(request, CREATE_FIELDS)

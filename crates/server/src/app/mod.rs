@@ -18,8 +18,10 @@ pub(crate) mod overview;
 pub(crate) mod passwords;
 mod places;
 pub(crate) mod pool;
+pub(crate) mod prepared;
 pub(crate) mod rates;
 pub(crate) mod scripts;
+pub(crate) mod services;
 pub(crate) mod sessions;
 pub(crate) mod snapshots;
 pub(crate) mod terminal;
@@ -71,6 +73,8 @@ pub(crate) struct App {
     passwords: Passwords,
     /// VMs that are up before anybody asks for them.
     pub(crate) pool: pool::Pool,
+    /// Cached VMs that are booted and stand still.
+    pub(crate) prepared: prepared::Prepared,
     /// Bounds how many VMs come up at once.
     places: Places,
     /// Bounds how many commands run at once in each VM.
@@ -97,6 +101,7 @@ impl App {
             passwords: Passwords::default(),
             rates: Rates::new(&config.rate),
             pool: pool::Pool::new(config.pool.clone()),
+            prepared: prepared::Prepared::new(config.services.prepared),
             places: Places::new(&config.limits),
             commands: Commands::new(config.exec.max_concurrent),
             locks: Locks::default(),

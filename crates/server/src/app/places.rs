@@ -30,6 +30,11 @@ impl<K: Clone + Eq + std::hash::Hash> Locks<K> {
         self.entry(id).write_owned().await
     }
 
+    /// The lock, if nobody holds it now.
+    pub(crate) fn try_lock(&self, id: &K) -> Option<OwnedRwLockWriteGuard<()>> {
+        self.entry(id).try_write_owned().ok()
+    }
+
     /// Waits for, and holds, a share of the lock: nobody changes the thing while others may use it too.
     pub(crate) async fn share(&self, id: &K) -> OwnedRwLockReadGuard<()> {
         self.entry(id).read_owned().await

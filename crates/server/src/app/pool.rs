@@ -114,7 +114,7 @@ impl Pool {
 
     /// A VM that runs, of the image, size and network policy of `new`; `None` where one has to boot.
     pub(super) async fn claim(&self, app: &Arc<App>, new: &NewVm) -> Option<Claimed> {
-        if self.is_off() || new.snapshot_id.is_some() {
+        if self.is_off() || !may_be_pooled(new) {
             return None;
         }
         let kind = Kind::of(new);
@@ -138,7 +138,7 @@ impl Pool {
 
     /// Such a VM was made, and runs: more of its kind may be asked for.
     pub(super) fn note(&self, new: &NewVm) {
-        if !self.is_off() && new.snapshot_id.is_none() {
+        if !self.is_off() && may_be_pooled(new) {
             self.lock().demand.note(&Kind::of(new), self.config.max_vms);
             self.changed.notify_one();
         }
@@ -243,6 +243,11 @@ impl Pool {
         state.tell();
         ready
     }
+}
+
+/// A VM of a snapshot has its own memory, and one that runs a program is its image's, which may be of any kind.
+fn may_be_pooled(new: &NewVm) -> bool {
+    new.snapshot_id.is_none() && new.service.is_none()
 }
 
 /// Gives the VM its policy, and looks whether it runs.

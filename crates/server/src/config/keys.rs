@@ -252,6 +252,24 @@ pub const KEYS: &[Key] = &[
         "VMs of the default image and disk that are kept ready whether they were asked for lately or not, within pool.max_vms.",
     ),
     Key::new(
+        "services.prepared",
+        "8",
+        Allowed::Integer(0, 10_000),
+        "Cached VMs that are booted and paused while they are down, so that they start at once; those that were used last. 0 prepares none: they boot when they are started. Each takes about 35 MiB.",
+    ),
+    Key::new(
+        "services.outbound_internet",
+        "true",
+        SWITCH,
+        "Whether VMs that run their image's program reach the public internet. Private networks and this host they never reach.",
+    ),
+    Key::new(
+        "ingress.domain",
+        "vm.localhost",
+        Allowed::Words("a domain in lower case, such as vm.example.com"),
+        "What the host names of VMs end in.",
+    ),
+    Key::new(
         "limits.snapshots_per_account",
         "100",
         Allowed::Integer(0, 1_000_000),

@@ -54,6 +54,10 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// VMs that are booted ahead.
     pub pool: PoolConfig,
+    /// VMs that run their image's program.
+    pub services: ServicesConfig,
+    /// How VMs are reached from outside.
+    pub ingress: IngressConfig,
     /// What a new account may use when its creator doesn't say.
     pub quota: Quota,
     /// How often one caller may do what is costly.
@@ -109,6 +113,22 @@ pub struct HttpConfig {
     pub max_connections: usize,
     /// How long requests in flight may go on after a request to shut down.
     pub shutdown_grace: Duration,
+}
+
+/// VMs that run their image's program.
+#[derive(Debug, Clone)]
+pub struct ServicesConfig {
+    /// Cached VMs that are kept booted while they are down.
+    pub prepared: usize,
+    /// Whether they reach the public internet.
+    pub outbound_internet: bool,
+}
+
+/// How VMs are reached from outside.
+#[derive(Debug, Clone)]
+pub struct IngressConfig {
+    /// What the host names of VMs end in.
+    pub domain: String,
 }
 
 /// Commands in VMs.
@@ -367,6 +387,11 @@ impl Config {
                     .optional("pool.keep", |text| text.split(',').map(|entry| keep(entry.trim())).collect())?
                     .unwrap_or_default(),
             },
+            services: ServicesConfig {
+                prepared: values.count("services.prepared")?,
+                outbound_internet: values.one_of("services.outbound_internet")? == "true",
+            },
+            ingress: IngressConfig { domain: values.with("ingress.domain", domain)? },
             quota: Quota {
                 vms: values.small("quota.vms")?,
                 cpus: values.small("quota.cpus")?,
@@ -438,6 +463,15 @@ fn keep(entry: &str) -> Option<Keep> {
     let keep = Keep { cpus: cpus.parse().ok()?, mem_mb: mem_mb.parse().ok()?, count: count.parse().ok()? };
     let fits = limits::CPU.contains(&keep.cpus) && limits::MEM_MB.contains(&keep.mem_mb) && keep.count <= 1000;
     fits.then_some(keep)
+}
+
+/// A domain name's labels (RFC 1123), with room for one more before them.
+fn domain(text: &str) -> Option<String> {
+    let is_label = |label: &str| {
+        let inner = label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        (1..=63).contains(&label.len()) && inner && !label.starts_with('-') && !label.ends_with('-')
+    };
+    (text.len() <= 220 && text.split('.').all(is_label)).then(|| text.to_owned())
 }
 
 fn uplink(values: &Values) -> Result<Ipv4Net, ConfigError> {

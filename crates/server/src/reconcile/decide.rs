@@ -1,7 +1,7 @@
 //! What to do about a VM, by its record and by what the engine sees. Pure.
 
 use tiffin_engine::Observed;
-use tiffin_types::vm::{EndReason, EndReport, VmEvent, VmState};
+use tiffin_types::vm::{EndReason, EndReport, Lifetime, VmEvent, VmState};
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,19 +12,36 @@ pub(super) enum Action {
     Record(VmEvent),
     /// Its run is over: record how.
     End(EndReport),
+    /// A start was cut short once the guest was up: go on with it.
+    FinishStart,
     /// A stop was cut short: go on with it.
     FinishStop,
     /// It runs though its record says that it's down: stop it, the record stays.
     PutDown,
     /// Its creator never got an answer, nor an id to ask for: remove it and free its idempotency key.
     Abandon(EndReport),
+    /// It was for one run, which is over: remove it.
+    Discard,
     /// Its record says that it's gone: remove what is left.
     Remove,
 }
 
-/// What to do about a VM that nobody is changing now. `was_up` is whether it ever came up, `hint` how its run ended, by
-/// someone who knows.
-pub(super) fn decide(state: VmState, was_up: bool, observed: &Observed, hint: Option<&EndReport>) -> Action {
+/// What a record says that matters here.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Recorded {
+    pub(super) state: VmState,
+    /// Whether it ever came up.
+    pub(super) was_up: bool,
+    /// Of a VM that runs its image's program.
+    pub(super) lifetime: Option<Lifetime>,
+}
+
+/// What to do about a VM that nobody is changing now. `hint` is how its run ended, by someone who knows.
+pub(super) fn decide(recorded: Recorded, observed: &Observed, hint: Option<&EndReport>) -> Action {
+    let Recorded { state, was_up, lifetime } = recorded;
+    let (is_one_time, is_cached) = (lifetime == Some(Lifetime::OneTime), lifetime == Some(Lifetime::Cached));
+    // Who made a cached VM has an answer, with its id.
+    let unanswered = !was_up && !is_cached;
     use Observed as O;
     use VmState as S;
     let best =
@@ -36,9 +53,10 @@ pub(super) fn decide(state: VmState, was_up: bool, observed: &Observed, hint: Op
         (_, O::Unknown) => Action::Nothing,
         (S::Deleted, _) => Action::Remove,
         (S::Created, _) => Action::Abandon(boot_cut_short()),
+        (S::Starting, O::Running | O::Paused) if lifetime.is_some() => Action::FinishStart,
         (S::Starting, O::Running | O::Paused) => Action::Record(VmEvent::Ready),
-        (S::Starting, O::Stopped { end }) if !was_up => Action::Abandon(best(&of_this_start(end), boot_cut_short())),
-        (S::Starting, O::Absent) if !was_up => Action::Abandon(best(&None, boot_cut_short())),
+        (S::Starting, O::Stopped { end }) if unanswered => Action::Abandon(best(&of_this_start(end), boot_cut_short())),
+        (S::Starting, O::Absent) if unanswered => Action::Abandon(best(&None, boot_cut_short())),
         (S::Starting, O::Stopped { end }) => down(&of_this_start(end), boot_cut_short()),
         (S::Starting, O::Absent) => down(&None, boot_cut_short()),
         (S::Starting | S::Running | S::Paused, O::Starting) => Action::Nothing,
@@ -49,6 +67,9 @@ pub(super) fn decide(state: VmState, was_up: bool, observed: &Observed, hint: Op
         (S::Running | S::Paused | S::Stopping, O::Absent) => down(&None, lost()),
         (S::Stopping, O::Starting | O::Running | O::Paused) => Action::FinishStop,
         (S::Stopping, O::Stopped { end }) => down(end, stopped()),
+        (S::Stopped | S::Error, _) if is_one_time => Action::Discard,
+        // Prepared: booted, and nothing of its program has run.
+        (S::Stopped, O::Paused) if is_cached => Action::Nothing,
         (S::Stopped | S::Error, O::Starting | O::Running | O::Paused) => Action::PutDown,
         (S::Stopped | S::Error, O::Stopped { .. } | O::Absent) => Action::Nothing,
     }
@@ -87,6 +108,17 @@ mod tests {
         ]
     }
 
+    const LIFETIMES: [Option<Lifetime>; 3] = [None, Some(Lifetime::OneTime), Some(Lifetime::Cached)];
+
+    /// A sandbox's.
+    fn decide(state: VmState, was_up: bool, observed: &Observed, hint: Option<&EndReport>) -> Action {
+        super::decide(Recorded { state, was_up, lifetime: None }, observed, hint)
+    }
+
+    fn of_service(lifetime: Lifetime, state: VmState, observed: &Observed) -> Action {
+        super::decide(Recorded { state, was_up: false, lifetime: Some(lifetime) }, observed, None)
+    }
+
     /// The state after the action is done, as the layers below would do it.
     fn after(state: VmState, action: &Action) -> VmState {
         match action {
@@ -95,8 +127,9 @@ mod tests {
             Action::End(end) => {
                 state.after(end.reason.event()).or(state.after(VmEvent::Fail)).expect("only live VMs end")
             }
+            Action::FinishStart => state.after(VmEvent::Ready).expect("only what starts is up then"),
             Action::FinishStop => VmState::Stopped,
-            Action::Abandon(_) | Action::Remove => VmState::Deleted,
+            Action::Abandon(_) | Action::Discard | Action::Remove => VmState::Deleted,
         }
     }
 
@@ -104,8 +137,10 @@ mod tests {
     fn every_decision_is_one_that_the_transition_table_allows() {
         for state in VmState::ALL {
             for observed in every_observation() {
-                for was_up in [false, true] {
-                    after(state, &decide(state, was_up, &observed, None));
+                for (was_up, lifetime) in
+                    [false, true].into_iter().flat_map(|up| LIFETIMES.map(|lifetime| (up, lifetime)))
+                {
+                    after(state, &super::decide(Recorded { state, was_up, lifetime }, &observed, None));
                 }
             }
         }
@@ -159,5 +194,36 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_run_that_was_the_only_one_takes_its_vm_with_it() {
+        for state in [VmState::Stopped, VmState::Error] {
+            for observed in every_observation() {
+                let expected = if observed == Observed::Unknown { Action::Nothing } else { Action::Discard };
+                assert_eq!(of_service(Lifetime::OneTime, state, &observed), expected, "{state} {observed:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_is_started_before_its_vm_counts_as_running() {
+        for lifetime in [Lifetime::OneTime, Lifetime::Cached] {
+            for observed in [Observed::Running, Observed::Paused] {
+                assert_eq!(of_service(lifetime, VmState::Starting, &observed), Action::FinishStart);
+            }
+        }
+    }
+
+    #[test]
+    fn a_cached_vm_may_stand_ready_while_it_is_down_and_is_kept_when_its_start_fails() {
+        assert_eq!(of_service(Lifetime::Cached, VmState::Stopped, &Observed::Paused), Action::Nothing);
+        assert_eq!(of_service(Lifetime::Cached, VmState::Stopped, &Observed::Running), Action::PutDown);
+        assert_eq!(of_service(Lifetime::Cached, VmState::Starting, &Observed::Absent), Action::End(boot_cut_short()));
+        assert_eq!(
+            of_service(Lifetime::OneTime, VmState::Starting, &Observed::Absent),
+            Action::Abandon(boot_cut_short())
+        );
+        assert!(matches!(of_service(Lifetime::Cached, VmState::Created, &Observed::Paused), Action::Abandon(_)));
     }
 }

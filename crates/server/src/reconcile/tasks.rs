@@ -8,7 +8,7 @@ use tokio::time::MissedTickBehavior;
 use super::images::{settle_uploads, sweep_blobs};
 use super::vms::{end_noticed, reconcile_all, settle_starting};
 use crate::{
-    app::{App, images::leaving, pool, sessions},
+    app::{App, images::leaving, pool, prepared, sessions},
     error::chain,
 };
 
@@ -23,6 +23,7 @@ pub(crate) fn spawn_all(app: &Arc<App>) {
     spawn(app, ends);
     spawn(app, settle_starting);
     spawn(app, pool::keep_filled);
+    spawn(app, prepared::keep_prepared);
     spawn(app, |app| periodically(app, every, reconcile));
     spawn(app, |app| periodically(app, PRUNE_EVERY, prune));
 }

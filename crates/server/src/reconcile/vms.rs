@@ -3,7 +3,7 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, stream};
-use tiffin_engine::{Ended, EngineError};
+use tiffin_engine::{Ended, EngineError, Observed};
 use tiffin_store::{Change, Vm};
 use tiffin_types::{
     id::VmId,
@@ -11,13 +11,13 @@ use tiffin_types::{
 };
 
 use super::{
-    decide::{Action, decide},
+    decide::{Action, Recorded, decide},
     snapshots,
 };
 use crate::{
     app::{
         App,
-        vms::{destroy, finish_stop, mark_deleted, record_end},
+        vms::{destroy, discard, finish_stop, mark_deleted, record_end, service},
     },
     error::{AppError, chain},
 };
@@ -73,7 +73,7 @@ pub(super) async fn reconcile_all(app: &Arc<App>) -> Result<(), AppError> {
     snapshots::undo_forks(app).await?;
     let mut recorded = app.store.vm_not_deleted().await?;
     // What is down on request has nothing that could drift; what is being changed is looked at the next time.
-    recorded.retain(|vm| vm.state != VmState::Stopped && app.locks.is_free(&vm.id));
+    recorded.retain(|vm| (vm.state != VmState::Stopped || vm.service.is_some()) && app.locks.is_free(&vm.id));
     reconcile_each(app, &recorded).await;
     snapshots::reconcile_all(app).await
 }
@@ -90,6 +90,9 @@ pub(super) async fn end_noticed(app: &Arc<App>, ended: Ended) {
         // It was booted ahead. Whoever is just claiming it makes its record before the lock is free.
         drop(app.locks.lock(&ended.id).await);
         recorded = with_id(app, &ended.id).await;
+    }
+    if app.prepared.forget(&ended.id) {
+        app.prepared.look();
     }
     match recorded {
         Some(vm) => reconcile_or_log(app, &vm, Some(&ended.report)).await,
@@ -119,7 +122,17 @@ pub(crate) async fn vm_reconcile(app: &Arc<App>, vm: &Vm, hint: Option<&EndRepor
     let _lock = app.locks.lock(&vm.id).await;
     let Some(vm) = app.store.vm_get(&vm.account_id, &vm.id).await? else { return Ok(()) };
     let observed = app.engine.observe(&vm.id).await;
-    let action = decide(vm.state, vm.started_at.is_some(), &observed, hint);
+    match act(app, &vm, &observed, hint).await {
+        // It is down again: what there was to go on with is over.
+        Err(AppError::Boot(end)) => act(app, &vm, &Observed::Stopped { end: Some(end) }, None).await,
+        outcome => outcome,
+    }
+}
+
+async fn act(app: &Arc<App>, vm: &Vm, observed: &Observed, hint: Option<&EndReport>) -> Result<(), AppError> {
+    let lifetime = vm.service.map(|service| service.lifetime);
+    let recorded = Recorded { state: vm.state, was_up: vm.started_at.is_some(), lifetime };
+    let action = decide(recorded, observed, hint);
     if action != Action::Nothing {
         tracing::info!(vm_id = %vm.id, state = vm.state.as_str(), "VM {} was seen as {observed:?}: {action:?}", vm.id);
     }
@@ -129,14 +142,16 @@ pub(crate) async fn vm_reconcile(app: &Arc<App>, vm: &Vm, hint: Option<&EndRepor
             app.store.vm_transition(&vm.id, vm.state, event, Change::default()).await?;
             Ok(())
         }
-        Action::End(report) => record_end(app, &vm, report).await.map(drop),
-        Action::FinishStop => finish_stop(app, &vm).await,
-        Action::PutDown => put_down(app, &vm).await,
+        Action::End(report) => record_end(app, vm, report).await.map(drop),
+        Action::FinishStart => service::finish_start(app, vm, observed).await.map(drop),
+        Action::FinishStop => finish_stop(app, vm).await,
+        Action::PutDown => put_down(app, vm).await,
         Action::Abandon(report) => {
             // First, so that being cut short here doesn't leave the key to a VM that is gone.
             app.store.idempotency_forget(&vm.id).await?;
-            if mark_deleted(app, &vm, Some(report)).await? { destroy(app, &vm.id).await } else { Ok(()) }
+            if mark_deleted(app, vm, Some(report)).await? { destroy(app, &vm.id).await } else { Ok(()) }
         }
+        Action::Discard => discard(app, vm).await,
         Action::Remove => destroy(app, &vm.id).await,
     }
 }

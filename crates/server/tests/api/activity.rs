@@ -43,6 +43,10 @@ async fn every_operation_that_changes_something_leaves_an_entry() -> Result<()> 
         // Nobody's log out ends nothing.
         let is_noted = !is_work(&operation.path) && operation.path != "/auth/logout";
         let id = operation.spec["operationId"].as_str().context("an id")?;
+        // Reading by another method.
+        if id.contains("posted_") {
+            continue;
+        }
         let path = if operation.path.contains('{') { unknown_id(&operation.path) } else { operation.path.clone() };
         let parameters = operation.spec["parameters"].as_array().cloned().unwrap_or_default();
         let needed = parameters.iter().filter(|one| one["in"] == "query" && one["required"] == true);

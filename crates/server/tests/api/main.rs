@@ -18,6 +18,7 @@ mod pool;
 mod rates;
 mod reconcile;
 mod scripts;
+mod services;
 mod sessions;
 mod snapshots;
 mod terminal;

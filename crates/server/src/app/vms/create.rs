@@ -1,6 +1,6 @@
 //! Making a VM, from the request to RUNNING, at most once for each idempotency key.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tiffin_store::{Idempotency, Inserted, NewVm, Vm};
 use tiffin_types::{
@@ -8,13 +8,15 @@ use tiffin_types::{
     id::{ImageId, SnapshotId, VmId},
     limits,
     network::EgressPolicy,
-    vm::{EndReason, EndReport, ProvisionMode, VmEvent, VmSize, VmState},
+    program::Program,
+    vm::{EndReason, EndReport, ProvisionMode, Service, VmEvent, VmSize, VmState},
 };
 use tokio::sync::OwnedRwLockWriteGuard;
 
 use super::{
     App, Caller, mark_deleted, report, restore,
     run::{From, bring_up},
+    service::{self, program_of},
 };
 use crate::{
     app::{
@@ -39,6 +41,14 @@ pub(crate) struct VmRequest {
     pub(crate) egress: EgressPolicy,
     pub(crate) image_id: Option<ImageId>,
     pub(crate) snapshot_id: Option<SnapshotId>,
+    /// Beyond a sandbox: what it serves, and the environment that its program gets beyond the image's.
+    pub(crate) service: Option<(Service, BTreeMap<String, String>)>,
+}
+
+/// A VM's record to be, and the program that it runs if it runs one.
+struct Wanted {
+    new: NewVm,
+    program: Option<Program>,
 }
 
 /// The client's name for a request that it may repeat, and what it asked for.
@@ -75,13 +85,17 @@ pub(crate) async fn vm_create(
     .await
 }
 
-async fn new_vm(app: &App, caller: &Caller, request: &VmRequest) -> Result<NewVm, AppError> {
+async fn wanted(app: &App, caller: &Caller, request: &VmRequest) -> Result<Wanted, AppError> {
     if let Some(id) = &request.snapshot_id {
-        return restore::new_vm(app, caller, id, request).await;
+        return Ok(Wanted { new: restore::new_vm(app, caller, id, request).await?, program: None });
     }
     let (image, digest) = image_for(app, caller, request.image_id.as_ref()).await?;
+    let program = match &request.service {
+        Some((_, env)) => Some(program_of(&image, env)?),
+        None => None,
+    };
     let disk_mb = request.disk_mb.unwrap_or(limits::DISK_MB_DEFAULT);
-    Ok(NewVm {
+    let new = NewVm {
         id: VmId::random(),
         account_id: caller.account_id.clone(),
         image_id: image.id,
@@ -92,8 +106,9 @@ async fn new_vm(app: &App, caller: &Caller, request: &VmRequest) -> Result<NewVm
         egress: request.egress.clone(),
         provision_mode: ProvisionMode::Boot,
         snapshot_id: None,
-        service: None,
-    })
+        service: request.service.as_ref().map(|(service, _)| *service),
+    };
+    Ok(Wanted { new, program })
 }
 
 /// How a VM's record begins.
@@ -124,7 +139,7 @@ async fn attempt(
     {
         return answer_to(app, caller, known).await;
     }
-    let new = &new_vm(app, caller, request).await?;
+    let Wanted { new, program } = &wanted(app, caller, request).await?;
     if let Some(claimed) = app.pool.claim(app, new).await {
         return attempt_with(app, caller, new, idempotent, claimed).await;
     }
@@ -134,7 +149,7 @@ async fn attempt(
     let place = app.places.take().await?;
     match insert(app, caller, new, idempotent, Begins::Created).await? {
         Inserted::New(vm) => {
-            let vm = make(app, vm, lock, place).await?;
+            let vm = make(app, vm, program.as_ref(), lock, place).await?;
             app.pool.note(new);
             Ok(Attempt::Made(Box::new(vm)))
         }
@@ -206,11 +221,27 @@ async fn insert(
     Ok(inserted)
 }
 
-async fn make(app: &App, created: Vm, _lock: OwnedRwLockWriteGuard<()>, _place: Place) -> Result<Vm, AppError> {
+async fn make(
+    app: &App,
+    created: Vm,
+    program: Option<&Program>,
+    _lock: OwnedRwLockWriteGuard<()>,
+    _place: Place,
+) -> Result<Vm, AppError> {
+    if created.is_cached()
+        && let Some(program) = program
+    {
+        let made = service::prepare_new(app, &created, program).await;
+        if let Err(failure) = &made {
+            settle_failed(app, &created, end_of(failure), failure).await;
+        }
+        return made;
+    }
+    let from = program.map_or(From::Snapshot, From::Image);
     let starting = app.store.vm_transition(&created.id, VmState::Created, VmEvent::Start, Default::default()).await?;
     let Some(starting) = starting else { return Err(AppError::NotFound("VM")) };
     fault::point("after_start_intent");
-    let failure = match bring_up(app, &starting, From::Snapshot).await {
+    let failure = match bring_up(app, &starting, from).await {
         Ok(vm) => return Ok(vm),
         Err(failure) => failure,
     };
@@ -234,15 +265,15 @@ pub(super) fn frees_key(failure: &AppError) -> bool {
 
 /// Leaves nothing of a VM that didn't come up. What fails here is logged and taken up by the reconciler; the client's
 /// answer is why the VM didn't come up.
-async fn settle_failed(app: &App, starting: &Vm, end: EndReport, failure: &AppError) {
-    let id = &starting.id;
+async fn settle_failed(app: &App, begun: &Vm, end: EndReport, failure: &AppError) {
+    let id = &begun.id;
     if frees_key(failure)
         && let Err(error) = app.store.idempotency_forget(id).await
     {
         tracing::warn!(vm_id = %id, error = chain(&error), "the idempotency key of VM {id} stays taken");
     }
     // When the record has moved on, whoever deleted it has destroyed, maybe before the engine had made it all.
-    if let Err(error) = mark_deleted(app, starting, Some(end)).await {
+    if let Err(error) = mark_deleted(app, begun, Some(end)).await {
         tracing::error!(vm_id = %id, error = error.inside(), "the failure of VM {id} can't be recorded now");
     }
     // Logged where it fails.

@@ -7,6 +7,7 @@ mod create;
 pub(crate) mod fork;
 mod restore;
 mod run;
+pub(crate) mod service;
 
 use std::sync::Arc;
 
@@ -101,6 +102,7 @@ pub(crate) async fn mark_deleted(app: &App, vm: &Vm, end: Option<EndReport>) -> 
 
 /// Removes what the engine has of a VM whose record says that it is gone. What fails is tried again by the reconciler.
 pub(crate) async fn destroy(app: &App, id: &VmId) -> Result<(), AppError> {
+    app.prepared.forget(id);
     let destroyed = app.engine.destroy(id).await;
     fault::point("after_engine_destroy");
     let mut undestroyed = app.undestroyed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -134,7 +136,17 @@ pub(crate) async fn record_end(app: &App, vm: &Vm, report: EndReport) -> Result<
     let Some(now) = app.store.vm_transition(&vm.id, vm.state, event, change).await? else { return Ok(false) };
     crate::metrics::vm_end(reason);
     tracing::info!(vm_id = %vm.id, reason, state = now.state.as_str(), "VM {} ended: {message}", vm.id);
+    fault::point("after_end_recorded");
+    if now.is_one_time() {
+        discard(app, &now).await?;
+    }
+    app.prepared.look();
     Ok(true)
+}
+
+/// Removes a VM that was for one run, which is over. Its record says how it ended.
+pub(crate) async fn discard(app: &App, vm: &Vm) -> Result<(), AppError> {
+    if mark_deleted(app, vm, None).await? { destroy(app, &vm.id).await } else { Ok(()) }
 }
 
 /// What the engine is told of a VM.

@@ -7,11 +7,12 @@ use tiffin_store::{Change, Desired, Reserve, Vm};
 use tiffin_types::{
     account::Scope,
     id::VmId,
+    program::Program,
     vm::{EndReason, EndReport, VmEvent, VmState},
 };
 use tokio::sync::OwnedRwLockWriteGuard;
 
-use super::{App, Caller, find, record_end, report, spec_of, wrong_state};
+use super::{App, Caller, find, record_end, report, service, spec_of, wrong_state};
 use crate::{error::AppError, fault, metrics};
 
 /// Brings a VM up that is STOPPED or in ERROR.
@@ -25,6 +26,7 @@ pub(crate) async fn vm_start(app: &Arc<App>, caller: &Caller, id: &VmId) -> Resu
         match work.store.vm_start_reserve(&id, vm.state, &account.quota).await? {
             Reserve::Reserved(starting) => {
                 fault::point("after_start_intent");
+                work.prepared.forget(&id);
                 start_reserved(&work, &starting).await
             }
             Reserve::Lost => Err(lost(&work, &caller, &id).await),
@@ -50,17 +52,19 @@ async fn start_reserved(app: &App, starting: &Vm) -> Result<(), AppError> {
 }
 
 /// What a VM comes up from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum From {
-    /// Its own disk, if there is one, else its image.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum From<'a> {
+    /// What there is of it, else its image.
     Itself,
-    /// The snapshot that its record names, which is there and stays until it is up.
+    /// The snapshot that its record names, which is there and stays until it is up; its image, if it names none.
     Snapshot,
+    /// Its image, to run this program.
+    Image(&'a Program),
 }
 
 /// Has the engine make (if need be) and start a VM that is STARTING, and takes it to RUNNING. On failure it is down,
 /// and its record is the caller's to settle.
-pub(super) async fn bring_up(app: &App, starting: &Vm, from: From) -> Result<Vm, AppError> {
+pub(super) async fn bring_up(app: &App, starting: &Vm, from: From<'_>) -> Result<Vm, AppError> {
     let began = Instant::now();
     let outcome = match up(app, starting, from).await {
         Ok(()) => commit_running(app, starting).await,
@@ -71,7 +75,7 @@ pub(super) async fn bring_up(app: &App, starting: &Vm, from: From) -> Result<Vm,
 }
 
 /// As [`bring_up`], without a change of the record.
-pub(super) async fn up(app: &App, starting: &Vm, from: From) -> Result<(), AppError> {
+pub(super) async fn up(app: &App, starting: &Vm, from: From<'_>) -> Result<(), AppError> {
     match tokio::time::timeout(app.config.vm.start_timeout, engine_up(app, starting, from)).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(AppError::from(error)),
@@ -91,28 +95,55 @@ pub(super) fn note_start<T>(outcome: &Result<T, AppError>, began: Instant) {
     metrics::vm_start(word, began.elapsed());
 }
 
+/// Ends VMs that were booted ahead of their use; whether there were any.
+async fn make_room(app: &App, for_one: &Vm) -> bool {
+    let pooled = app.pool.make_room(app).await;
+    app.prepared.make_room(app, &for_one.id).await || pooled
+}
+
 /// VMs that were booted ahead make room for one that somebody waits for.
-async fn engine_up(app: &App, vm: &Vm, from: From) -> Result<(), EngineError> {
+async fn engine_up(app: &App, vm: &Vm, from: From<'_>) -> Result<(), EngineError> {
     match engine_up_once(app, vm, from).await {
-        Err(EngineError::NoCapacity(_)) if app.pool.make_room(app).await => engine_up_once(app, vm, from).await,
+        Err(EngineError::NoCapacity(_)) if make_room(app, vm).await => engine_up_once(app, vm, from).await,
         outcome => outcome,
     }
 }
 
-async fn engine_up_once(app: &App, vm: &Vm, from: From) -> Result<(), EngineError> {
-    match (from, &vm.snapshot_id) {
-        (From::Snapshot, Some(snapshot)) => app.engine.create_from(&spec_of(vm), snapshot).await?,
-        (From::Snapshot, None) | (From::Itself, _) => app.engine.create(&spec_of(vm)).await?,
+async fn engine_up_once(app: &App, vm: &Vm, from: From<'_>) -> Result<(), EngineError> {
+    let began = Instant::now();
+    if !goes_on(app, vm, from).await? {
+        match (from, &vm.snapshot_id) {
+            (From::Snapshot, Some(snapshot)) => app.engine.create_from(&spec_of(vm), snapshot).await?,
+            (From::Image(program), _) => service::engine_create(app, vm, program).await?,
+            // It has been made, with a program that is nowhere else.
+            (From::Itself, _) if vm.service.is_some() => {}
+            (From::Snapshot, None) | (From::Itself, _) => app.engine.create(&spec_of(vm)).await?,
+        }
+        fault::point("after_engine_create");
+        app.engine.start(&vm.id).await?;
+        fault::point("after_engine_start");
     }
-    fault::point("after_engine_create");
-    let started = app.engine.start(&vm.id).await?;
-    fault::point("after_engine_start");
-    let took_ms = started.took.as_millis();
-    tracing::info!(vm_id = %vm.id, took_ms, "VM {} is up", vm.id);
+    if vm.service.is_some() {
+        app.engine.program_start(&vm.id).await?;
+        fault::point("after_program_start");
+    }
+    tracing::info!(vm_id = %vm.id, took_ms = began.elapsed().as_millis(), "VM {} is up", vm.id);
     Ok(())
 }
 
-async fn commit_running(app: &App, starting: &Vm) -> Result<Vm, AppError> {
+/// Lets a cached VM go on that was prepared; whether it was.
+async fn goes_on(app: &App, vm: &Vm, from: From<'_>) -> Result<bool, EngineError> {
+    let prepared = match from {
+        From::Itself => vm.is_cached() && app.engine.observe(&vm.id).await == Observed::Paused,
+        From::Snapshot | From::Image(_) => false,
+    };
+    if prepared {
+        app.engine.resume(&vm.id).await?;
+    }
+    Ok(prepared)
+}
+
+pub(super) async fn commit_running(app: &App, starting: &Vm) -> Result<Vm, AppError> {
     fault::point("before_running_commit");
     let running = app.store.vm_transition(&starting.id, VmState::Starting, VmEvent::Ready, Change::default()).await?;
     fault::point("after_running_commit");
