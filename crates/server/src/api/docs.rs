@@ -16,6 +16,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("index", "Tiffin", include_str!("../../../../docs/user/index.md")),
     ("quickstart", "Quick start", include_str!("../../../../docs/user/quickstart.md")),
     ("api", "API", include_str!("../../../../docs/user/api.md")),
+    ("programs", "Programs", include_str!("../../../../docs/user/programs.md")),
     ("scripts", "Scripts", include_str!("../../../../docs/user/scripts.md")),
     ("images", "Images", include_str!("../../../../docs/user/images.md")),
     ("errors", "Errors", include_str!("../../../../docs/user/errors.md")),
