@@ -110,8 +110,13 @@ impl Service {
     fn renew(&self, renew: Renew) -> Result<(), Failure> {
         let renewal = Renewal::of(&renew)?;
         let _one = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
+        let identity = Identity::from(renew.boot.clone());
+        if renew.machine_id.is_none() && *self.identity() == identity {
+            renewal.apply_to_network();
+            return Ok(());
+        }
         renewal.apply();
-        self.identity.replace(renew.boot.into());
+        self.identity.replace(identity);
         // A shell that has started knows the old host name, and has the randomness of the snapshot.
         self.guest.park.discard(&self.guest);
         Ok(())

@@ -34,7 +34,12 @@ pub fn identify(boot: &Boot) {
     report("host name", nix::unistd::sethostname(&boot.hostname).map_err(io::Error::from));
     report("/etc/hostname", replace(&["etc"], "hostname", &format!("{}\n", boot.hostname), 0o644));
     report("/etc/hosts", replace(&["etc"], "hosts", &hosts(boot), 0o644));
-    report("/etc/resolv.conf", replace(&["etc"], "resolv.conf", &resolv_conf(&boot.resolvers), 0o644));
+    set_resolvers(&boot.resolvers);
+}
+
+/// Gives the guest those resolvers.
+pub fn set_resolvers(resolvers: &[String]) {
+    report("/etc/resolv.conf", replace(&["etc"], "resolv.conf", &resolv_conf(resolvers), 0o644));
 }
 
 /// Gives the guest the machine id `id`. D-Bus's own copy only changes where there is one: it may be a link to the other.

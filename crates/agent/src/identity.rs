@@ -1,6 +1,7 @@
-//! Who the guest is to the host, and to itself: the token that opens it, and its own addresses, which may not use it.
+//! Who the guest is to the host, and to itself: the token that opens it, its name, and its own addresses, which may not
+//! use it.
 //!
-//! Invariant: both change together, and what was asked for under an old token is not stopped by a new one.
+//! Invariant: all change together, and what was asked for under an old token is not stopped by a new one.
 
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -8,10 +9,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tiffin_protocol::Boot;
 
 /// One identity.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Identity {
     /// The secret that every request must carry.
     pub token: String,
+    /// The host name.
+    pub hostname: String,
     /// The guest's own addresses, whose connections are closed unread.
     pub addresses: Vec<IpAddr>,
 }
@@ -19,7 +22,7 @@ pub struct Identity {
 impl From<Boot> for Identity {
     fn from(boot: Boot) -> Self {
         let addresses = boot.addresses.iter().filter_map(|address| address.parse().ok()).collect();
-        Identity { token: boot.token, addresses }
+        Identity { token: boot.token, hostname: boot.hostname, addresses }
     }
 }
 

@@ -10,6 +10,9 @@
 //! not keep itself from being renewed by it. The answer tells the clock, which a kernel may refuse to set (gVisor takes
 //! the host's time): the host sees by it what holds.
 //!
+//! Whoever stays who it is (the same token, name and addresses, no new machine id) only learns its resolvers: that is what
+//! a change of policy comes to.
+//!
 //! It deliberately leaves alone what runs (a restore goes on where the snapshot was taken, a change of policy is not
 //! the commands' business) and the guest's size: `cpus` and `max_pids` stay as at boot.
 
@@ -79,6 +82,11 @@ impl<'a> Renewal<'a> {
             .ok_or_else(|| bad("seed", &format!("must be hexadecimal, of at most {MAX_SEED} bytes")))?;
         let clock = u64::try_from(renew.unix_ms).map_err(|_| bad("unix_ms", "must not be before 1970"))?;
         Ok(Renewal { renew, seed, clock: Duration::from_millis(clock) })
+    }
+
+    /// Does what there is to do for a guest that stays who it is.
+    pub fn apply_to_network(&self) {
+        guest::set_resolvers(&self.renew.boot.resolvers);
     }
 
     /// Does all but the identity, which is the caller's to replace.

@@ -35,6 +35,21 @@ fn without_parking() -> Guest {
     Guest::boot_planted(&format!("{LIKE_THE_IMAGE} echo : > $FOLDER/root/etc/profile.d/odd.sh"))
 }
 
+/// A guest of that name, otherwise as it was booted, and no new machine.
+fn renew_of(hostname: &str, resolvers: Vec<String>) -> Renew {
+    let boot = Boot {
+        token: guest::TOKEN.to_owned(),
+        hostname: hostname.to_owned(),
+        addresses: vec![guest::ADDRESS.to_owned()],
+        resolvers,
+        cpus: 1,
+        max_pids: MAX_PIDS,
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+    let unix_ms = i64::try_from(now.as_millis()).expect("it is before the year 292 million");
+    Renew { boot, machine_id: None, unix_ms, seed: String::new() }
+}
+
 /// Runs `line` in a shell that has waited for it.
 fn waited(guest: &Guest, line: &str) -> Answer {
     let deadline = Instant::now() + Duration::from_secs(30);
@@ -46,6 +61,14 @@ fn waited(guest: &Guest, line: &str) -> Answer {
             return answer;
         }
         assert!(Instant::now() < deadline, "the shell that waits isn't used for {line:?}");
+    }
+}
+
+/// Runs `line` until it says `wanted`, where a shell of no use may still be on its way.
+fn in_the_end(guest: &Guest, line: &str, wanted: &str) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while waited(guest, line).text() != wanted {
+        assert!(Instant::now() < deadline, "{line:?} doesn't say {wanted:?}");
     }
 }
 
@@ -290,20 +313,43 @@ fn one_that_knows_an_old_host_name_is_not_used() {
     let guest = with_parking();
     assert_eq!(waited(&guest, "echo $HOSTNAME").text(), "box");
     guest.wait_for_count(WAITS, 1);
-    let boot = Boot {
-        token: guest::TOKEN.to_owned(),
-        hostname: "clone".to_owned(),
-        addresses: vec![guest::ADDRESS.to_owned()],
-        resolvers: Vec::new(),
-        cpus: 1,
-        max_pids: MAX_PIDS,
-    };
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let unix_ms = i64::try_from(now.as_millis()).unwrap();
-    let renew = Renew { boot, machine_id: None, unix_ms, seed: String::new() };
+    let renew = renew_of("clone", Vec::new());
     assert_eq!(guest.ask(Op::Renew(renew)).kind, Kind::Done);
     assert_eq!(guest.shell("echo $HOSTNAME").text(), "clone");
-    assert_eq!(waited(&guest, &format!("echo $HOSTNAME; {HOW}")).text(), format!("clone\n{WAITED}"));
+    in_the_end(&guest, &format!("echo $HOSTNAME; {HOW}"), &format!("clone\n{WAITED}"));
+}
+
+#[test]
+fn one_of_another_account_makes_room_for_the_next() {
+    let guest = with_parking();
+    guest.wait_for_count(WAITS, 1);
+    let moved =
+        "mkdir /home/other; sed -i 's#^user:x:1000:1000::/workspace:#user:x:1000:1000::/home/other:#' /etc/passwd";
+    assert_eq!(guest.exec(Exec { uid: 0, gid: 0, ..shell(moved) }).done().exit_code, 0);
+    assert_eq!(guest.shell("echo $HOME").text(), "/home/other");
+    in_the_end(&guest, &format!("echo $HOME; {HOW}"), &format!("/home/other\n{WAITED}"));
+}
+
+#[test]
+fn it_waits_on_where_the_guest_learns_its_resolvers_alone() {
+    let guest = with_parking();
+    let own = "echo mine > /etc/hostname; cp /etc/hosts /etc/machine-id /tmp";
+    assert_eq!(guest.exec(Exec { uid: 0, gid: 0, ..shell(own) }).done().exit_code, 0);
+    assert_eq!(waited(&guest, HOW).text(), WAITED);
+    guest.wait_for_count(WAITS, 1);
+    let waiting = guest.pids(WAITS);
+    let renew = renew_of("box", vec!["9.9.9.10".to_owned()]);
+    assert_eq!(guest.ask(Op::Renew(renew.clone())).kind, Kind::Done);
+    assert_eq!(guest.pids(WAITS), waiting);
+    let told = "cat /etc/resolv.conf /etc/hostname; cmp /etc/hosts /tmp/hosts && cmp /etc/machine-id /tmp/machine-id";
+    assert_eq!(guest.exec(argv(&["sh", "-c", told])).text(), "nameserver 9.9.9.10\nmine");
+    let other = Renew { machine_id: Some("0123456789abcdef".repeat(2)), ..renew };
+    assert_eq!(guest.ask(Op::Renew(other)).kind, Kind::Done);
+    let told = "cat /etc/resolv.conf /etc/hostname; cat /etc/machine-id";
+    let expected = format!("nameserver 9.9.9.10\nbox\n{}", "0123456789abcdef".repeat(2));
+    assert_eq!(guest.exec(argv(&["sh", "-c", told])).text(), expected);
+    in_the_end(&guest, HOW, WAITED);
+    assert!(!guest.pids(WAITS).iter().any(|pid| waiting.contains(pid)), "whoever becomes another starts another shell");
 }
 
 #[test]
@@ -330,10 +376,7 @@ fn one_that_was_killed_or_stopped_costs_time_and_nothing_else() {
         assert_eq!(guest.shell("echo alive").text(), "alive");
     }
     // The last one harmed may only now be found out, and a command be started afresh for it.
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while waited(&guest, HOW).text() != WAITED {
-        assert!(Instant::now() < deadline, "no shell is used any more");
-    }
+    in_the_end(&guest, HOW, WAITED);
 }
 
 #[test]
@@ -354,12 +397,20 @@ fn its_command_is_ended_as_any_other() {
 }
 
 #[test]
-fn another_waits_while_a_long_command_runs() {
+fn none_is_started_beside_a_command() {
     let guest = with_parking();
     guest.wait_for_count(WAITS, 1);
     let mut host = guest.dial();
-    host.request(Op::Exec(shell("sleep 4321")));
+    host.request(Op::Exec(argv(&["sleep", "4321"])));
     guest.wait_for_count("sleep\x004321", 1);
+    assert_eq!(waited(&guest, HOW).text(), WAITED, "that which has waited before is used");
+    // It looks for a while; what it looks for isn't found in its own line.
+    let looks = format!("for i in 1 2 3 4 5; do sleep 0.1; pgrep -f 'read -[r]u9'; done; {HOW}");
+    for line in [HOW, &looks, HOW] {
+        assert_eq!(guest.shell(line).text(), AFRESH, "{line}");
+    }
+    assert_eq!(guest.count(WAITS), 0);
+    drop(host);
     assert_eq!(waited(&guest, HOW).text(), WAITED);
 }
 

@@ -16,11 +16,14 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 /// Where users without an account live.
 const HOMELESS: &str = "/workspace";
 
-/// Bytes of `/etc/passwd` that are looked at.
+/// Where the guest's accounts are.
+pub const PASSWD: &str = "/etc/passwd";
+
+/// Bytes of it that are looked at.
 const MAX_PASSWD: u64 = 1 << 20;
 
 /// What the guest knows of a user.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {
     /// The user's name.
     pub name: String,
@@ -33,7 +36,7 @@ impl Account {
     pub fn of(uid: u32) -> Self {
         let mut passwd = Vec::new();
         // Not to be stuck when it is a FIFO.
-        let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/etc/passwd");
+        let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(PASSWD);
         if let Ok(file) = file {
             // What was read before an error is as good as a shorter file.
             let _ = file.take(MAX_PASSWD).read_to_end(&mut passwd);
@@ -93,24 +96,24 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PASSWD: &[u8] =
+    const ACCOUNTS: &[u8] =
         b"root:x:0:0:root:/root:/bin/sh\nbroken\n\xff\xfe\nu:x:1000:1000::/home/u:/bin/bash\nn:x:7:7:::\n";
 
     #[test]
     fn an_account_is_found_among_broken_lines() {
-        assert_eq!(Account::find(PASSWD, 1000), Account { name: "u".to_owned(), home: "/home/u".to_owned() });
+        assert_eq!(Account::find(ACCOUNTS, 1000), Account { name: "u".to_owned(), home: "/home/u".to_owned() });
     }
 
     #[test]
     fn a_user_without_account_or_home_lives_in_the_workspace() {
-        assert_eq!(Account::find(PASSWD, 5), Account { name: "5".to_owned(), home: HOMELESS.to_owned() });
-        assert_eq!(Account::find(PASSWD, 7).home, HOMELESS);
+        assert_eq!(Account::find(ACCOUNTS, 5), Account { name: "5".to_owned(), home: HOMELESS.to_owned() });
+        assert_eq!(Account::find(ACCOUNTS, 7).home, HOMELESS);
     }
 
     #[test]
     fn own_variables_override_the_base() {
         let own = BTreeMap::from([("HOME".to_owned(), "/x".to_owned()), ("A".to_owned(), String::new())]);
-        let merged = merged(&Account::find(PASSWD, 0), "/bin/sh", false, &own).unwrap();
+        let merged = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &own).unwrap();
         assert!(merged.contains(&c"HOME=/x".to_owned()) && merged.contains(&c"A=".to_owned()));
         assert!(merged.contains(&c"USER=root".to_owned()));
         assert!(merged.contains(&c"LC_CTYPE=C.UTF-8".to_owned()));
@@ -119,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_terminal_has_a_type_unless_the_request_names_another() {
-        let account = Account::find(PASSWD, 0);
+        let account = Account::find(ACCOUNTS, 0);
         let terminal = |own: &BTreeMap<String, String>| merged(&account, "/bin/sh", true, own).unwrap();
         assert!(terminal(&BTreeMap::new()).contains(&c"TERM=xterm-256color".to_owned()));
         let own = BTreeMap::from([("TERM".to_owned(), "vt100".to_owned())]);
@@ -129,7 +132,7 @@ mod tests {
     #[test]
     fn a_language_of_ones_own_is_not_overridden() {
         let own = BTreeMap::from([("LANG".to_owned(), "de_DE.UTF-8".to_owned())]);
-        let merged = merged(&Account::find(PASSWD, 0), "/bin/sh", false, &own).unwrap();
+        let merged = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &own).unwrap();
         assert!(!merged.iter().any(|entry| entry.as_bytes().starts_with(b"LC_CTYPE=")));
     }
 
@@ -137,7 +140,7 @@ mod tests {
     fn broken_names_and_values_are_refused() {
         for (name, value) in [("", "x"), ("A=B", "x"), ("A", "\0"), ("\0", "")] {
             let own = BTreeMap::from([(name.to_owned(), value.to_owned())]);
-            let refused = merged(&Account::find(PASSWD, 0), "/bin/sh", false, &own).unwrap_err();
+            let refused = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &own).unwrap_err();
             assert_eq!(refused.code, FailureCode::BadRequest, "{name:?}");
         }
     }

@@ -95,20 +95,16 @@ pub fn run_then(
     early: Vec<u8>,
     last: impl FnOnce(ExecDone) -> Vec<Frame>,
 ) -> Ended {
-    let running = match start::start(guest, exec) {
+    let _busy = guest.park.begins();
+    let Running { job, child, ends, started } = match start::start(guest, exec) {
         Ok(running) => running,
-        Err(failed) => {
-            guest.park.ended();
-            return Ended::Failed(failed);
-        }
+        Err(failed) => return Ended::Failed(failed),
     };
-    let Running { job, child, ends, started } = running;
     let pump = Pump::new(socket, &child, ends, exec, early);
     let ended = carry(pump, job.as_ref(), &child, started, exec.timeout_ms, last);
     if let Some(job) = job {
         guest.jobs.give_back(job);
     }
-    guest.park.ended();
     ended
 }
 

@@ -1,5 +1,5 @@
-//! What a login shell reads when it starts: whether reading it early gives what reading it late would, and whether it is
-//! still what was read.
+//! What a login shell is started by and reads when it starts: whether reading it early gives what reading it late would,
+//! and whether it is still what was read.
 //!
 //! The rule is conservative. A shell may start early only where `/etc/profile` is the default image's own text, byte for
 //! byte, all that this includes is plain assignments (`is_plain`), and the user has no profile. Then nothing is run,
@@ -12,6 +12,8 @@ use std::fs::{self, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use super::environment::PASSWD;
 
 /// The default image's `/etc/profile`.
 const KNOWN: &[u8] = include_bytes!("../../../image/recipe/profile");
@@ -68,7 +70,7 @@ const SPECIAL_TOO: [&str; 9] =
     ["SHELL", "SHLVL", "SRANDOM", "TEXTDOMAIN", "TIMEFORMAT", "TZ", "UID", "PIPESTATUS", "PPID"];
 
 /// What a login shell would find, at one moment.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Fingerprint {
     host: Option<std::ffi::OsString>,
     folder: Option<Stamp>,
@@ -90,7 +92,7 @@ struct Stamp {
 impl Fingerprint {
     /// What `shell` would find for a user at home in `home`, started in `folder`; none where it may not start early.
     pub fn take(shell: &str, home: &str, folder: &str) -> Option<Self> {
-        let mut files = vec![PathBuf::from(shell), PathBuf::from(PROFILE), PathBuf::from(PARTS)];
+        let mut files: Vec<_> = [PASSWD, shell, PROFILE, PARTS].map(PathBuf::from).into();
         files.extend(OWN.map(|name| Path::new(home).join(name)));
         files.extend(parts()?);
         // Stamped before they are read: what changes in between is noticed.
@@ -102,7 +104,7 @@ impl Fingerprint {
                     read(file).is_some_and(|text| is_plain(&text))
                 }
                 Some(_) => !own(file),
-                None => own(file) || file == Path::new(PARTS),
+                None => own(file) || file == Path::new(PARTS) || file == Path::new(PASSWD),
             });
         may.then_some(found)
     }

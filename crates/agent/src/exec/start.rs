@@ -39,12 +39,12 @@ impl Running {
 }
 
 /// What a command is given by who it runs as.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Login {
     /// The guest's best shell.
     pub shell: &'static str,
-    /// The home folder.
-    pub home: String,
+    /// Who it runs as.
+    pub account: Account,
     /// `NAME=value`.
     pub environment: Vec<CString>,
 }
@@ -58,7 +58,15 @@ impl Login {
         let account = Account::of(exec.uid);
         let shell = program::shell();
         let environment = environment::merged(&account, shell, exec.terminal.is_some(), &exec.env)?;
-        Ok(Login { shell, home: account.home, environment })
+        Ok(Login { shell, account, environment })
+    }
+
+    /// Whether `exec`, of the same user and without a terminal, would be given the same as long as the guest is as it was.
+    pub fn is_for(&self, exec: &Exec) -> bool {
+        // Nothing to compare where the command brings nothing of its own.
+        exec.env.is_empty()
+            || environment::merged(&self.account, self.shell, false, &exec.env)
+                .is_ok_and(|environment| environment == self.environment)
     }
 }
 
@@ -71,11 +79,9 @@ pub fn start(guest: &Guest, exec: &Exec) -> Result<Running, Failure> {
         let rule = "a command with a terminal has standard input, so stdin must be true";
         return Err(failure(FailureCode::BadRequest, rule));
     }
-    guest.park.begins();
-    let login = Login::of(exec)?;
-    match guest.park.claim(guest, exec, &login) {
+    match guest.park.claim(guest, exec) {
         Some(running) => Ok(running),
-        None => start_afresh(guest, exec, login, None),
+        None => start_afresh(guest, exec, Login::of(exec)?, None),
     }
 }
 
