@@ -7,7 +7,7 @@ use std::io;
 
 use tiffin_types::{id::VmId, network::EgressPolicy, vm::VmSpec};
 
-use super::{FREEZE, Monitored, folder, host_or_full, talk};
+use super::{FREEZE, Monitored, blocking, folder, host_or_full, talk};
 use crate::{
     Engine, EngineError, Observed,
     monitor::launch::{self, Ask, LAUNCH, Launch, Reply, SPEC},
@@ -26,7 +26,7 @@ impl Monitored {
         let spec = self.spec(id)?;
         match self.observe(id).await {
             Observed::Absent => Err(EngineError::Absent),
-            Observed::Stopped { .. } => self.write_spec(&VmSpec { egress: egress.clone(), ..spec }),
+            Observed::Stopped { .. } => self.write(VmSpec { egress: egress.clone(), ..spec }, None).await,
             Observed::Starting => Err(EngineError::WrongState("starting")),
             Observed::Unknown => Err(EngineError::WrongState("not answering")),
             Observed::Running | Observed::Paused => self.change_running(spec, egress).await,
@@ -60,7 +60,7 @@ impl Monitored {
         frees: bool,
     ) -> Result<(), EngineError> {
         let id = &old_spec.id;
-        let changed = match self.write_spec(&spec).and_then(|()| self.write_launch(id, &new)) {
+        let changed = match self.write(spec, Some(new)).await {
             Ok(()) => Ok(self.ask_egress(id).await),
             Err(error) => Err(error),
         };
@@ -72,7 +72,7 @@ impl Monitored {
                 Ok(())
             }
             Ok(Changed::No(error)) | Err(error) => {
-                self.put_back(old_spec, old);
+                self.put_back(old_spec, old).await;
                 Err(error)
             }
             // Nobody knows which policy is in force: the new one is the VM's, and the caller's to try again.
@@ -80,9 +80,9 @@ impl Monitored {
         }
     }
 
-    fn put_back(&self, spec: &VmSpec, launch: &Launch) {
+    async fn put_back(&self, spec: &VmSpec, launch: &Launch) {
         let id = &spec.id;
-        match self.write_spec(spec).and_then(|()| self.write_launch(id, launch)) {
+        match self.write(spec.clone(), Some(launch.clone())).await {
             Ok(()) if launch.uplink.is_none() => self.uplinks.free(id),
             Ok(()) => {}
             Err(error) => tracing::error!(vm_id = %id, "the network policy of {id} could not be put back: {error}"),
@@ -101,11 +101,13 @@ impl Monitored {
         }
     }
 
-    fn write_spec(&self, spec: &VmSpec) -> Result<(), EngineError> {
-        launch::write(&self.folder(&spec.id), SPEC, spec, true).map_err(|e| host_or_full("writing the VM's spec", e))
-    }
-
-    fn write_launch(&self, id: &VmId, launch: &Launch) -> Result<(), EngineError> {
-        launch::write(&self.folder(id), LAUNCH, launch, false).map_err(|e| host_or_full("writing the start", e))
+    /// Writes the spec and, where the VM is up, its start; on a thread for that, as the spec waits for the disk.
+    async fn write(&self, spec: VmSpec, launch: Option<Launch>) -> Result<(), EngineError> {
+        let dir = self.folder(&spec.id);
+        let written = blocking(move || {
+            launch::write(&dir, SPEC, &spec, true)?;
+            launch.map_or(Ok(()), |launch| launch::write(&dir, LAUNCH, &launch, false))
+        });
+        written.await.map_err(|e| host_or_full("writing the VM's policy", e))
     }
 }

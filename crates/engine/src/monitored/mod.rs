@@ -3,6 +3,7 @@
 //! It holds nothing that matters: what a VM is stands in its folder, what it does its monitor knows. Losing this process
 //! loses nothing, and [`Monitored::adopt`] is how another one goes on.
 
+mod adopt;
 mod agent;
 mod clean;
 mod config;
@@ -69,7 +70,7 @@ const ENDS: usize = 4096;
 pub struct Monitored {
     config: Arc<HostConfig>,
     cgroups: Cgroups,
-    images: Images,
+    images: Arc<Images>,
     /// The folder that is laid over every guest's root: it holds the agent.
     agent_dir: PathBuf,
     snapshots: Arc<Snapshots>,
@@ -104,7 +105,7 @@ impl Monitored {
         filter::apply_host(config.uplinks).map_err(|e| EngineError::host("setting the host's packet filter", e))?;
         let (ends, ended) = mpsc::channel(ENDS);
         Ok(Self {
-            images: Images::new(&config),
+            images: Arc::new(Images::new(&config)),
             agent_dir: agent::install(&config.agent, &config.data_dir)
                 .map_err(|e| EngineError::host(format!("installing the agent {}", config.agent.display()), e))?,
             snapshots: Arc::new(
@@ -370,33 +371,7 @@ impl Engine for Monitored {
     }
 
     async fn adopt(&self) -> Result<Vec<(VmId, Observed)>, EngineError> {
-        let vms = self.config.data_dir.join("vms");
-        let entries = fs::read_dir(&vms).map_err(|e| EngineError::host("reading the VMs' folder", e))?;
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let mut seen = Vec::new();
-        for name in names {
-            let Ok(id) = name.parse::<VmId>() else { continue };
-            if !self.folder(&id).join(SPEC).exists() {
-                // A create or a removal that was killed half-way; nobody knows of this VM.
-                if let Err(error) = self.destroy(&id).await {
-                    tracing::error!(vm_id = %id, "the ruin of {id} stays: {error}");
-                }
-                continue;
-            }
-            seen.push((id.clone(), self.adopt_one(&id).await));
-        }
-        let (snapshots, cgroups) = (Arc::clone(&self.snapshots), self.cgroups.clone());
-        let swept = blocking(move || {
-            leftovers::sweep_orphans(&cgroups, &vms);
-            snapshots.remove_ruins()
-        });
-        swept.await.map_err(|e| EngineError::host("clearing the snapshots' folder", e))?;
-        if let Err(error) = self.remove_old_agents(&seen) {
-            tracing::warn!("old agents stay: {error}");
-        }
-        let used: Vec<_> = seen.iter().filter_map(|(id, _)| Some(self.spec(id).ok()?.image)).collect();
-        self.images.release_unused(&used);
-        Ok(seen)
+        self.adopt_all().await
     }
 
     async fn image_release(&self, image: &Digest) -> Result<bool, EngineError> {
@@ -514,24 +489,5 @@ impl Monitored {
             folder: self.folder(id),
             uplinks: self.uplinks.clone(),
         }
-    }
-
-    async fn adopt_one(&self, id: &VmId) -> Observed {
-        let observed = self.observe(id).await;
-        match observed {
-            Observed::Running | Observed::Paused | Observed::Starting | Observed::Unknown => {
-                if let Ok(Launch { uplink: Some(uplink), .. }) = self.launch_of(id) {
-                    self.uplinks.hold(id, uplink);
-                }
-                self.follow(id);
-            }
-            Observed::Stopped { .. } => {
-                if let Err(error) = self.leftovers(id).clear().await {
-                    tracing::warn!(vm = %id, "clearing what {id} left: {error}");
-                }
-            }
-            Observed::Absent => {}
-        }
-        observed
     }
 }

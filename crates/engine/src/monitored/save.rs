@@ -8,10 +8,10 @@ use tiffin_types::{
     vm::VmSpec,
 };
 
-use super::{Monitored, agent, blocking, host_or_full, talk};
+use super::{Monitored, blocking, host_or_full, talk};
 use crate::{
     Engine, EngineError, Observed, Saved,
-    monitor::launch::{self, Ask, LAUNCH, Launch, RESTORE, Reply, Restore},
+    monitor::launch::{self, Ask, Launch, RESTORE, Reply, Restore},
 };
 
 /// A save, beside what its size takes.
@@ -91,20 +91,5 @@ impl Monitored {
         let sealed = blocking(move || snapshots.seal(&into, &launch)).await;
         let size_bytes = sealed.map_err(|e| host_or_full("sealing the snapshot", e))?;
         Ok(Saved { size_bytes, paused })
-    }
-
-    /// Removes the agents that neither a VM nor a snapshot needs any more.
-    pub(super) fn remove_old_agents(&self, seen: &[(VmId, Observed)]) -> io::Result<()> {
-        let mut needed = self.snapshots.agents()?;
-        for (id, observed) in seen {
-            let dir = self.folder(id);
-            needed.extend(launch::read::<Restore>(&dir, RESTORE)?.map(|restore| restore.agent));
-            if !matches!(observed, Observed::Stopped { .. } | Observed::Absent)
-                && let Some(launch) = launch::read::<Launch>(&dir, LAUNCH)?
-            {
-                needed.extend(launch.agent_dir.file_name().and_then(|name| name.to_str()).map(str::to_owned));
-            }
-        }
-        agent::remove_others(&self.agent_dir, &needed)
     }
 }
