@@ -22,6 +22,7 @@ use std::{
 use harness::{Host, eventually, sh, shell};
 use nix::sched::{CloneFlags, unshare};
 use tiffin_engine::{Engine, EngineError, Observed, Target, agent};
+use tiffin_protocol::Exec;
 use tiffin_types::{
     id::{SnapshotId, VmId},
     network::{EgressPolicy, parse_allow_entry},
@@ -225,6 +226,8 @@ const TALK: &str = "python3 -u -c \"import socket, time\n\
     \x20  s.send(b'x'); assert s.recv(1) == b'x'; time.sleep(0.05)\n\
     except OSError: print('cut off')\"";
 
+const PGREP: [&str; 3] = ["pgrep", "-f", "read -[r]u9"];
+
 async fn link_of(host: &Host, id: &VmId) -> Option<serde_json::Value> {
     let launch = std::fs::read(host.folder(id).join("launch.json")).unwrap();
     let launch: serde_json::Value = serde_json::from_slice(&launch).unwrap();
@@ -232,6 +235,18 @@ async fn link_of(host: &Host, id: &VmId) -> Option<serde_json::Value> {
     let uplink = launch["uplink"].clone();
     assert_eq!(link.exists(), !uplink.is_null(), "the file says what there is");
     Some(uplink).filter(|uplink| !uplink.is_null())
+}
+
+/// The guest's pid of the shell that waits for the next command.
+async fn waiting_shell(host: &Host, id: &VmId) -> String {
+    let look = Exec { command: tiffin_protocol::Command::Argv(PGREP.map(str::to_owned).to_vec()), ..shell("") };
+    let mut found = String::new();
+    eventually("a shell waits", async || {
+        found = harness::exec(&*host.engine, id, look.clone()).await.stdout;
+        !found.is_empty()
+    })
+    .await;
+    found
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -250,7 +265,9 @@ async fn a_policy_that_changes_changes_what_is_open_and_what_comes() {
         async |host: &Host| sh(&*host.engine, &id, "getent hosts world.test").await.stdout.contains("198.51.100.10");
     assert!(!names(&host).await);
 
+    let waiting = waiting_shell(&host, &id).await;
     host.engine.set_egress(&id, &ten).await.unwrap();
+    assert_eq!(waiting_shell(&host, &id).await, waiting, "the shell that waits for the next command waits on");
     assert!(link_of(&host, &id).await.is_some());
     assert_eq!(get_ten(&host, &id).await, "I am 198.51.100.10\n");
     assert!(names(&host).await);
