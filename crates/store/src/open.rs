@@ -48,6 +48,8 @@ impl Store {
                 // Never closed for their age: with the last one the log would go, and its room with it.
                 let pool = AnyPoolOptions::new().max_connections(SQLITE_CONNECTIONS);
                 let pool = pool.min_connections(1).idle_timeout(None).max_lifetime(None);
+                // There is no other end that could have hung up, and to ask costs as much as most questions.
+                let pool = pool.test_before_acquire(false);
                 let store = Self::connect(&format!("{url}?mode=rwc"), pool).await?;
                 tokio::task::spawn_blocking(move || reserve_log(&path)).await.map_err(StoreError::unavailable)?;
                 Ok(store)

@@ -5,11 +5,15 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, SocketAddrV4, TcpStream},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, setsockopt, socket, sockopt},
+};
 use tiffin_protocol::{
     AGENT_PORT, Boot, Failure, FailureCode, HEADER, Kind, MAX_FRAME, Op, Renew, Request, Shutdown, decode_header,
     encode,
@@ -30,17 +34,33 @@ const MAX_ANSWER: usize = 64 * 1024;
 /// Between two attempts to reach the agent.
 const RETRY: Duration = Duration::from_millis(5);
 
-/// A connection into the guest: the monitor is in the gateway's namespace, so the guest is its neighbour.
-///
-/// One to the agent ends with a reset, whoever closes it first: an end that waited for stray packets would keep the guest
-/// from being saved for a minute. Nothing is lost, since nobody hangs up on an agent whose answer counts.
-pub(super) fn dial(port: u16) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST_V4, port)), DIAL_TIMEOUT)?;
-    stream.set_nodelay(true)?;
-    if port == AGENT_PORT {
-        setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+/// A connection into the guest, which is on its way: whoever gets it waits until it stands. The monitor is in the gateway's
+/// namespace, so the guest is its neighbour.
+pub(super) fn begin_dial(port: u16) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
+    set_up(&socket, port)?;
+    match connect(socket.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(GUEST_V4, port))) {
+        Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
+        Err(error) => Err(error.into()),
     }
+}
+
+/// A connection to the agent.
+fn dial() -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST_V4, AGENT_PORT)), DIAL_TIMEOUT)?;
+    set_up(&stream, AGENT_PORT)?;
     Ok(stream)
+}
+
+/// A connection to the agent ends with a reset, whoever closes it first: an end that waited for stray packets would keep
+/// the guest from being saved for a minute. Nothing is lost, since nobody hangs up on an agent whose answer counts.
+fn set_up(socket: &impl AsFd, port: u16) -> io::Result<()> {
+    setsockopt(socket, sockopt::TcpNoDelay, &true)?;
+    if port == AGENT_PORT {
+        setsockopt(socket, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+    }
+    Ok(())
 }
 
 /// The agent's shutdown request. Its answer comes when every process is gone.
@@ -125,7 +145,7 @@ pub(super) enum Answer {
 }
 
 fn ask(token: &str, op: Op, within: Duration) -> io::Result<Answer> {
-    let mut agent = dial(AGENT_PORT)?;
+    let mut agent = dial()?;
     agent.set_read_timeout(Some(within))?;
     agent.set_write_timeout(Some(ANSWER))?;
     let request = Request { token: token.to_owned(), op };

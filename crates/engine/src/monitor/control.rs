@@ -1,4 +1,5 @@
-//! The monitor's socket: one question per connection, answered by a thread of its own.
+//! The monitor's socket: one question per connection, answered by a thread of its own. Some wait for connections, so that
+//! no question waits for a thread to start.
 //!
 //! Only root can connect (the folder and the socket are root's), so what comes is trusted to be the server's; it is
 //! still bounded: what takes time leaves room for those who ask for the guest's state or its end.
@@ -31,6 +32,10 @@ use crate::host::process::ToolError;
 const MAX_CONNECTIONS: usize = 256;
 /// Connections at once whose answer takes the guest, or another's turn: the rest is for the others.
 const MAX_SLOW: usize = 192;
+/// Threads that wait for a connection, at most, besides those that answer.
+const KEPT: usize = 2;
+/// How long to leave a socket alone that can't accept.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 /// How long a dial waits while there must be none.
 const DIAL_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a question.
@@ -42,21 +47,50 @@ const STOP_MARGIN: Duration = Duration::from_secs(2);
 
 /// Serves the socket from now on, on threads of its own.
 pub(super) fn serve(vm: Arc<Vm>, socket: UnixListener) -> io::Result<()> {
-    let (open, slow) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let accept = move || {
-        for connection in socket.incoming().filter_map(Result::ok) {
-            let Some(counted) = Counted::one_of(&open, MAX_CONNECTIONS) else { continue };
-            let (vm, slow) = (Arc::clone(&vm), Arc::clone(&slow));
-            let answer = move || {
-                let _counted = counted;
-                // The server hung up: there is nobody to tell.
-                let _ = serve_one(&vm, &slow, connection);
-            };
-            // A thread that can't be had closes the connection.
-            let _ = thread::Builder::new().name("control".into()).stack_size(128 * 1024).spawn(answer);
+    Arc::new(Desk { vm, socket, waiting: AtomicUsize::new(0), open: Arc::default(), slow: Arc::default() })
+        .start_thread()
+}
+
+/// What the threads share.
+struct Desk {
+    vm: Arc<Vm>,
+    socket: UnixListener,
+    /// Threads that wait for a connection.
+    waiting: AtomicUsize,
+    open: Arc<AtomicUsize>,
+    slow: Arc<AtomicUsize>,
+}
+
+impl Desk {
+    fn start_thread(self: &Arc<Self>) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let desk = Arc::clone(self);
+        let serve = move || while desk.serve_next() {};
+        let started = thread::Builder::new().name("control".into()).stack_size(128 * 1024).spawn(serve);
+        if started.is_err() {
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
         }
-    };
-    thread::Builder::new().name("accept".into()).stack_size(64 * 1024).spawn(accept).map(drop)
+        started.map(drop)
+    }
+
+    /// Waits for a connection and serves it; whether to wait for another.
+    fn serve_next(self: &Arc<Self>) -> bool {
+        let accepted = self.socket.accept();
+        let others = self.waiting.fetch_sub(1, Ordering::SeqCst) - 1;
+        match accepted {
+            // Where nobody would wait any more, and no thread can be had, the connection is closed.
+            Ok((connection, _)) if others > 0 || self.start_thread().is_ok() => {
+                if let Some(_counted) = Counted::one_of(&self.open, MAX_CONNECTIONS) {
+                    // The server hung up: there is nobody to tell.
+                    let _ = serve_one(&self.vm, &self.slow, connection);
+                }
+            }
+            Ok(_) => {}
+            Err(_) => thread::sleep(ACCEPT_PAUSE),
+        }
+        let stays = |waiting| if waiting < KEPT { Some(waiting + 1) } else { None };
+        self.waiting.fetch_update(Ordering::SeqCst, Ordering::SeqCst, stays).is_ok()
+    }
 }
 
 /// One of those that are counted, until it is dropped.
@@ -190,11 +224,11 @@ fn dial(vm: &Vm, connection: &mut UnixStream, port: u16) -> io::Result<()> {
         let Some(_allowed) = vm.dials_until(Instant::now() + DIAL_PATIENCE) else {
             return say(connection, &Reply::Busy);
         };
-        agent::dial(port)
+        agent::begin_dial(port)
     };
     match dialled {
-        Ok(stream) => {
-            let fds = [stream.as_raw_fd()];
+        Ok(socket) => {
+            let fds = [socket.as_raw_fd()];
             let reply = line(&Reply::Dialled)?;
             sendmsg::<()>(
                 connection.as_raw_fd(),

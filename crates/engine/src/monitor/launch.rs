@@ -100,7 +100,7 @@ pub enum Ask {
     Phase,
     /// Answered with [`Reply::Ready`] once the guest is up, then with [`Reply::Ended`] once it is down.
     Watch,
-    /// A TCP connection to the guest: [`Reply::Dialled`] with the descriptor beside it.
+    /// A TCP connection to the guest: [`Reply::Dialled`] with the descriptor beside it. It may still be on its way.
     Dial {
         /// The guest's port.
         port: u16,
@@ -146,7 +146,7 @@ pub enum Reply {
         /// How it ended.
         report: EndReport,
     },
-    /// The connection stands.
+    /// The connection is begun.
     Dialled,
     /// It is done.
     Done,
