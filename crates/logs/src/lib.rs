@@ -19,18 +19,24 @@
 
 mod batch;
 mod clock;
+mod date;
 mod level;
 mod limits;
+mod many;
 mod reader;
 mod record;
+mod request;
 mod retention;
 mod search;
 mod segment;
 mod split;
+mod token;
 mod writer;
 
 pub use limits::Limits;
+pub use many::{ManyPage, page_many};
 pub use reader::{Budget, Cursor, Line, Order, Page, Query, Reader};
+pub use request::{Answer, More, Parameters, Request, WrongParameter};
 pub use retention::{sweep, sweep_gone};
 pub use search::{Needle, NeedleError};
 pub use writer::Writer;

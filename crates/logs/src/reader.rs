@@ -154,30 +154,21 @@ impl Reader {
         Ok(Cursor(newest.map_or(0, |segment| segment.end())))
     }
 
-    /// The times of the oldest line and of the newest, if there are any.
+    /// The earliest and the latest time of lines, if there are any. (Where the clock was set back, these needn't be those of
+    /// the oldest and the newest line.)
     ///
     /// # Errors
     /// The kernel's.
     pub fn times(&self) -> io::Result<Option<(Timestamp, Timestamp)>> {
-        self.try_segments(|firsts| {
-            let (mut oldest, mut newest) = (None, None);
-            for first in firsts {
-                let Some(segment) = Segment::open(&self.folder, *first)? else { return Ok(None) };
-                oldest = segment.times()?.map(|(oldest, _)| oldest);
-                if oldest.is_some() {
-                    break;
-                }
+        let mut times: Option<(i64, i64)> = None;
+        for first in segment::list(&self.folder)? {
+            let Some(segment) = Segment::open(&self.folder, first)? else { continue };
+            if let Some((first, last)) = segment.times()? {
+                let (earliest, latest) = times.unwrap_or((first, last));
+                times = Some((earliest.min(first), latest.max(last)));
             }
-            for first in firsts.iter().rev() {
-                let Some(segment) = Segment::open(&self.folder, *first)? else { return Ok(None) };
-                newest = segment.times()?.map(|(_, newest)| newest);
-                if newest.is_some() {
-                    break;
-                }
-            }
-            let times = oldest.zip(newest);
-            Ok(Some(times.map(|(oldest, newest)| (Timestamp::from_millis(oldest), Timestamp::from_millis(newest)))))
-        })
+        }
+        Ok(times.map(|(first, last)| (Timestamp::from_millis(first), Timestamp::from_millis(last))))
     }
 
     /// Does something with the list of segments; again, with a new list, while it finds that one has gone (`None`).
