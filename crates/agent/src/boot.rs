@@ -1,15 +1,17 @@
-//! The first steps: hiding from the guest, the event channel, the boot line.
+//! The first steps: hiding from the guest, the channel to the monitor, the boot line.
 //!
 //! Invariant: after [`take_over`] no descriptor of the agent but 0, 1 and 2 is inherited, and 1 no longer leads to the
-//! monitor's event channel. Doesn't touch the guest's file system; see [`crate::guest`].
+//! monitor. Doesn't touch the guest's file system; see [`crate::guest`].
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
-use tiffin_protocol::{Boot, Event, Kind, encode};
+use tiffin_protocol::Boot;
+
+use crate::channel::Channel;
 
 /// The longest boot line, in bytes.
 pub const MAX_BOOT_LINE: usize = 64 * 1024;
@@ -46,27 +48,11 @@ pub enum BootError {
     Thread(#[source] io::Error),
 }
 
-/// The framed channel to the monitor.
-#[derive(Debug)]
-pub struct Events(File);
-
-impl Events {
-    /// Sends `event`. A monitor that is gone is no reason to stop: the failure becomes a line on standard error.
-    pub fn send(&mut self, event: &Event) {
-        let sent = serde_json::to_vec(event)
-            .map_err(io::Error::from)
-            .and_then(|payload| self.0.write_all(&encode(Kind::Event, &payload)));
-        if let Err(error) = sent {
-            eprintln!("tiffin-agent: event not sent: {error}");
-        }
-    }
-}
-
-/// Hides the process from the guest, blocks its signals, and keeps standard output as the event channel.
+/// Hides the process from the guest, blocks its signals, and keeps standard output as the channel to the monitor.
 ///
 /// # Errors
 /// [`BootError::Process`].
-pub fn take_over() -> Result<Events, BootError> {
+pub fn take_over() -> Result<Channel, BootError> {
     let prepare = || -> nix::Result<File> {
         nix::sys::prctl::set_dumpable(false)?;
         close_inherited();
@@ -76,7 +62,7 @@ pub fn take_over() -> Result<Events, BootError> {
         // SAFETY: fcntl just made this descriptor; nothing else owns it.
         Ok(File::from(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(channel) }))
     };
-    prepare().map(Events).map_err(|errno| BootError::Process(errno.into()))
+    prepare().map(Channel::new).map_err(|errno| BootError::Process(errno.into()))
 }
 
 /// Closes what the engine may have left open beyond the standard streams, before anything else is opened.

@@ -14,6 +14,7 @@ use crate::exec::{self, Ended, Guest};
 use crate::handover::Handover;
 use crate::identity::{Current, Identity};
 use crate::jobs::Jobs;
+use crate::program::Program;
 use crate::reaper::Reaper;
 use crate::renew::Renewal;
 use crate::request::{failure, parse};
@@ -37,16 +38,18 @@ pub struct Service {
     renewing: Mutex<()>,
     guest: Arc<Guest>,
     handover: Option<Handover>,
+    program: Arc<Program>,
 }
 
 impl Service {
     /// The service of a guest that was booted by `boot`. Without a handover it can't run scripts or move files.
-    pub fn new(boot: Boot, jobs: Jobs, reaper: Arc<Reaper>, handover: Option<Handover>) -> Self {
+    pub fn new(boot: Boot, jobs: Jobs, reaper: Arc<Reaper>, handover: Option<Handover>, program: Arc<Program>) -> Self {
         Service {
             identity: Current::new(boot.into()),
             renewing: Mutex::default(),
             guest: Arc::new(Guest::new(jobs, reaper)),
             handover,
+            program,
         }
     }
 
@@ -89,14 +92,17 @@ impl Service {
                 Some(handover) => conclude(socket, files::run(&self.guest, handover, &files, socket, first.rest)),
                 None => fail(socket, &no_handover()),
             },
-            Op::Program(_) => fail(socket, &failure(FailureCode::Internal, "not there yet")),
+            Op::Program(program) => match self.program.start(&self.guest, &program) {
+                Ok(started) => answer(socket, &started),
+                Err(refused) => fail(socket, &refused),
+            },
             Op::Renew(renew) => match self.renew(renew) {
                 Ok(()) => answer(socket, &self.pong()),
                 Err(refused) => fail(socket, &refused),
             },
             Op::Shutdown(shutdown) => {
                 self.guest.park.close(&self.guest);
-                crate::shutdown::end_guest(Duration::from_millis(shutdown.grace_ms));
+                self.program.shut_down(Duration::from_millis(shutdown.grace_ms));
                 answer(socket, &json!({}));
                 farewell(socket);
                 std::process::exit(0);

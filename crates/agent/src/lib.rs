@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! monitor --stdin: Boot--> [boot] -> [guest] -> [jobs] -> [listen] --stdout: Event::Ready--> monitor
-//! host ----TCP-----------> [listen] -> [connection] -> [request] -> [exec] | [renew] | [shutdown] | ping
-//!                                                                     ^
+//! host ----TCP-----------> [listen] -> [connection] -> [request] -> [exec] | [program] | [renew] | [shutdown] | ping
+//!                                                                     ^          |
+//!                                                                     |          '--> [channel] --stdout--> monitor
 //!                                        [reaper]: every exit --------+
 //! ```
 //!
@@ -11,13 +12,14 @@
 //! * Nothing that comes from the port or from standard input can panic it or make it allocate without a bound.
 //! * Guest processes can't learn the token: it is in no environment, argument or file, the agent isn't dumpable, and
 //!   connections from the guest's own addresses are closed unread.
-//! * Commands inherit none of its descriptors.
+//! * Commands inherit none of its descriptors, and none of the capabilities that would let root in the guest command it.
 //! * One thread reaps; one thread serves each connection. All its signals stay blocked, so a guest can't end it.
 //!
 //! It deliberately has no async runtime, resolver or logger: it must be small and start at once. What goes wrong in
 //! set-up is a line on standard error, and fatal only when it can't listen.
 
 pub mod boot;
+pub mod channel;
 pub mod connection;
 pub mod exec;
 pub mod files;
@@ -28,6 +30,7 @@ pub mod jobs;
 pub mod limits;
 pub mod listen;
 pub mod processes;
+pub mod program;
 pub mod reaper;
 pub mod renew;
 pub mod request;
@@ -36,6 +39,7 @@ pub mod shutdown;
 pub mod wire;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use tiffin_protocol::Event;
 
@@ -54,21 +58,21 @@ pub fn run() -> ExitCode {
         eprintln!("tiffin-agent: it runs as process 1 of a guest only");
         return ExitCode::from(2);
     }
-    let mut events = match boot::take_over() {
-        Ok(events) => events,
+    let channel = match boot::take_over() {
+        Ok(channel) => Arc::new(channel),
         Err(error) => {
             eprintln!("tiffin-agent: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let Err(error) = serve(&mut events);
+    let Err(error) = serve(&channel);
     let message = error.to_string();
     eprintln!("tiffin-agent: {message}");
-    events.send(&Event::Failed { message });
+    channel.failed(&message);
     ExitCode::FAILURE
 }
 
-fn serve(events: &mut boot::Events) -> Result<std::convert::Infallible, boot::BootError> {
+fn serve(channel: &Arc<channel::Channel>) -> Result<std::convert::Infallible, boot::BootError> {
     let boot = boot::read(std::io::stdin().lock())?;
     guest::set_up(&boot);
     boot::drop_stdin()?;
@@ -82,8 +86,9 @@ fn serve(events: &mut boot::Events) -> Result<std::convert::Infallible, boot::Bo
     let reaper = reaper::Reaper::start().map_err(boot::BootError::Thread)?;
     let handover = handover::Handover::set_up(&script::PRELUDES)
         .inspect_err(|error| eprintln!("tiffin-agent: no scripts and no file operations: {error}"));
-    let service = connection::Service::new(boot, jobs, reaper, handover.ok());
-    events.send(&Event::Ready { version: VERSION.to_owned() });
+    let program = program::Program::new(Arc::clone(channel));
+    let service = connection::Service::new(boot, jobs, reaper, handover.ok(), program);
+    channel.event(&Event::Ready { version: VERSION.to_owned() });
     service.park_shells();
     listen::serve_forever(listener, service)
 }

@@ -3,6 +3,8 @@
 //! Failures are lines on standard error: a guest without a limit is better than none, and the host enforces the
 //! machine's own limits anyway.
 
+use std::io;
+
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
@@ -10,10 +12,20 @@ use nix::unistd::Pid;
 /// Descriptors that a command may have open, where the engine doesn't allow less.
 const OPEN_FILES: libc::rlim_t = 65_536;
 
+/// The last capability's number, with room for what kernels may add.
+const LAST_CAPABILITY: libc::c_ulong = 63;
+
+/// Docker's set by number: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW,
+/// SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP.
+const KEPT: [libc::c_ulong; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
+
 /// No core files, a bound on open files, no supplementary groups, the usual umask, and `cpus` processors.
 pub fn apply(cpus: u32) {
     set(libc::RLIMIT_CORE, 0, "core size");
     set(libc::RLIMIT_NOFILE, OPEN_FILES, "open files");
+    if let Err(error) = bound_capabilities() {
+        eprintln!("tiffin-agent: root in the guest keeps the agent's capabilities: {error}");
+    }
     if let Err(error) = nix::unistd::setgroups(&[]) {
         eprintln!("tiffin-agent: supplementary groups stay: {error}");
     }
@@ -24,6 +36,22 @@ pub fn apply(cpus: u32) {
     if let Err(error) = bind_to(cpus) {
         eprintln!("tiffin-agent: not bound to {cpus} processors: {error}");
     }
+}
+
+/// Takes from all that the agent starts what would let root in the guest command it, or reach what it doesn't give: of
+/// Docker's set what the engine gives is left. The agent keeps its own.
+fn bound_capabilities() -> io::Result<()> {
+    for capability in (0..=LAST_CAPABILITY).filter(|capability| !KEPT.contains(capability)) {
+        // SAFETY: takes no pointers.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            let error = io::Error::last_os_error();
+            // The kernel knows fewer.
+            if error.raw_os_error() != Some(libc::EINVAL) {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// At most `max` processes for each user but root: the fallback where the guest has no process groups to count in.

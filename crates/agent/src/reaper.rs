@@ -18,8 +18,18 @@ const IDLE: Duration = Duration::from_secs(30);
 pub struct Exit {
     /// The exit code, or 128 + the signal's number.
     pub code: i32,
+    /// The signal's number, where one ended it.
+    pub signal: Option<i32>,
     /// When it was reaped.
     pub at: Instant,
+}
+
+impl Exit {
+    fn of(status: libc::c_int) -> Self {
+        let signal = (!libc::WIFEXITED(status)).then(|| libc::WTERMSIG(status));
+        let code = signal.map_or_else(|| libc::WEXITSTATUS(status), |signal| 128 + signal);
+        Exit { code, signal, at: Instant::now() }
+    }
 }
 
 #[derive(Debug)]
@@ -94,7 +104,7 @@ impl Reaper {
             // SAFETY: `status` outlives the call.
             let pid = unsafe { libc::waitpid(-1, &mut status, 0) };
             if pid > 0 {
-                self.deliver(pid, Exit { code: exit_code(status), at: Instant::now() });
+                self.deliver(pid, Exit::of(status));
             } else if io::Error::last_os_error().raw_os_error() == Some(libc::ECHILD) {
                 let forks = lock(&self.forks);
                 drop(self.forked.wait_timeout_while(forks, IDLE, |forks| *forks == forks_before));
@@ -156,8 +166,4 @@ impl Drop for Child {
 /// A poisoned lock would mean a panic, which ends the agent anyway; the data behind it is always whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn exit_code(status: libc::c_int) -> i32 {
-    if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 128 + libc::WTERMSIG(status) }
 }

@@ -15,7 +15,7 @@ const EVERYONE: Pid = Pid::from_raw(-1);
 const STEP: Duration = Duration::from_millis(2);
 
 /// The longest grace; a request may ask for more, but a shutdown must end.
-const MAX_GRACE: Duration = Duration::from_secs(600);
+pub const MAX_GRACE: Duration = Duration::from_secs(600);
 
 /// How long the killed may take to vanish.
 const KILL_LIMIT: Duration = Duration::from_secs(3);

@@ -155,7 +155,7 @@ fn broken(violation: Violation) -> Failure {
     failure(FailureCode::BadRequest, &format!("standard input broke the protocol: {violation}"))
 }
 
-fn no_room(why: &str) -> Failure {
+pub(crate) fn no_room(why: &str) -> Failure {
     failure(FailureCode::NoRoom, &format!("no room for another process: {why}"))
 }
 

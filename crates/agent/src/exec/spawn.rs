@@ -36,6 +36,8 @@ pub struct Plan<'a> {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Supplementary groups; the agent itself has none.
+    pub supplementary: Vec<u32>,
     /// Its streams.
     pub streams: &'a ChildEnds,
     /// What becomes [`parked::DESCRIPTOR`](super::parked::DESCRIPTOR).
@@ -74,6 +76,7 @@ struct Orders {
     cwd: *const c_char,
     uid: u32,
     gid: u32,
+    supplementary: Vec<u32>,
     stdio: [Option<RawFd>; 3],
     terminal: bool,
     control: Option<RawFd>,
@@ -94,6 +97,7 @@ pub fn spawn(plan: &Plan<'_>, child: &Child) -> Result<(), SpawnError> {
         cwd: plan.cwd.as_ptr(),
         uid: plan.uid,
         gid: plan.gid,
+        supplementary: plan.supplementary.clone(),
         stdio: plan.streams.stdio(),
         terminal: matches!(plan.streams, ChildEnds::Terminal(_)),
         control: plan.control.map(AsRawFd::as_raw_fd),
@@ -171,8 +175,10 @@ unsafe fn become_program(orders: &Orders) -> c_int {
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
+        let groups = &orders.supplementary;
         // The raw calls: the C library's would change every thread of the agent.
         if libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()) != 0
+            || !groups.is_empty() && libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) != 0
             || libc::syscall(libc::SYS_setresgid, orders.gid, orders.gid, orders.gid) != 0
             || libc::syscall(libc::SYS_setresuid, orders.uid, orders.uid, orders.uid) != 0
         {

@@ -105,6 +105,7 @@ pub fn start_afresh(guest: &Guest, exec: &Exec, login: Login, control: Option<&O
         cwd,
         uid: exec.uid,
         gid: exec.gid,
+        supplementary: Vec::new(),
         streams: &child_ends,
         control,
         groups: guest.jobs.entries(job.as_ref()),

@@ -42,6 +42,7 @@ fn start_and_wait(guest: &Guest, files: &Files) -> Result<(), String> {
         cwd: c"/".to_owned(),
         uid: files.uid,
         gid: files.gid,
+        supplementary: Vec::new(),
         streams: &streams,
         control: None,
         groups: guest.jobs.entries(job.as_ref()),

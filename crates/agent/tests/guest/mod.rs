@@ -11,7 +11,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, Stdio};
-use std::sync::mpsc::channel;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use tiffin_protocol::{
@@ -42,6 +43,7 @@ pub(crate) struct Guest {
     init: Child,
     group: PathBuf,
     folder: PathBuf,
+    said: Mutex<Receiver<(Kind, Vec<u8>)>>,
 }
 
 impl Guest {
@@ -91,20 +93,54 @@ impl Guest {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let (sender, events) = channel();
-        let mut guest = Guest { init, group, folder };
+        let (sender, said) = channel();
+        let mut guest = Guest { init, group, folder, said: Mutex::new(said) };
         let mut stdout = guest.init.stdout.take().unwrap();
         std::thread::spawn(move || {
-            while let Some((Kind::Event, payload)) = read_frame(&mut stdout) {
-                if sender.send(serde_json::from_slice(&payload).unwrap()).is_err() {
+            while let Some(frame) = read_frame(&mut stdout) {
+                if sender.send(frame).is_err() {
                     break;
                 }
             }
         });
         // An agent that refuses may not have read all.
         let _ = guest.init.stdin.take().unwrap().write_all(line);
-        let first = events.recv_timeout(PATIENCE).expect("the agent says something");
-        (guest, first)
+        let (kind, first) = guest.said().expect("the agent says something");
+        assert_eq!(kind, Kind::Event);
+        (guest, serde_json::from_slice(&first).unwrap())
+    }
+
+    /// What comes next on the agent's standard output; `None` at its end.
+    pub(crate) fn said(&self) -> Option<(Kind, Vec<u8>)> {
+        match self.said.lock().unwrap().recv_timeout(PATIENCE) {
+            Ok(frame) => Some(frame),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => None,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("the agent says nothing"),
+        }
+    }
+
+    /// All that the agent says until it ends: what the program prints, and how it ended.
+    pub(crate) fn hear_out(&self) -> Heard {
+        let mut heard = Heard::default();
+        while let Some((kind, payload)) = self.said() {
+            match kind {
+                Kind::Stdout => heard.stdout.extend(payload),
+                Kind::Stderr => heard.stderr.extend(payload),
+                Kind::Event => match serde_json::from_slice(&payload).unwrap() {
+                    Event::Exited { code, signal } => heard.exit = Some((code, signal)),
+                    other => panic!("{other:?}"),
+                },
+                other => panic!("{other:?} from the agent"),
+            }
+        }
+        heard
+    }
+
+    /// Gives the guest's interface another address, as nobody in the guest may.
+    pub(crate) fn add_address(&self, address: &str) {
+        let pid = self.init.id().to_string();
+        let add = ["-t", &pid, "-n", "ip", "address", "add", address, "dev", "eth0"];
+        assert!(Process::new("nsenter").args(add).status().unwrap().success(), "{address}");
     }
 
     pub(crate) fn dial(&self) -> Host {
@@ -224,6 +260,20 @@ fn command(command: Command) -> Exec {
         stderr_cap: 1 << 20,
         stdin: false,
         terminal: None,
+    }
+}
+
+/// What a program printed, and how it ended.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: Vec<u8>,
+    pub(crate) exit: Option<(i32, Option<i32>)>,
+}
+
+impl Heard {
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.stdout).unwrap()
     }
 }
 
