@@ -47,6 +47,7 @@ impl Host {
             uplinks: "10.213.0.0/16".parse().unwrap(),
             resolvers: vec![],
             boot_timeout: Duration::from_secs(60),
+            logs: Default::default(),
             min_free_disk_mb: 64,
         };
         let engine = open(&config).await;

@@ -14,6 +14,7 @@ mod terminal;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
@@ -62,6 +63,9 @@ struct State {
     last_script: Option<tiffin_protocol::Script>,
     programs: HashMap<String, FakeProgram>,
     printed: HashMap<VmId, Vec<(Printed, Vec<u8>)>>,
+    /// Where programs' lines go, and who writes them.
+    logs: Option<PathBuf>,
+    log_writers: HashMap<VmId, tiffin_logs::Writer>,
     files: HashMap<VmId, files::Store>,
     files_ends: HashMap<String, FilesEnd>,
     unknown: BTreeSet<VmId>,
@@ -324,6 +328,7 @@ impl Engine for Fake {
             return Ok(vm.end.clone().unwrap_or_else(requested));
         }
         vm.end_with(requested());
+        state.close_log(id);
         Ok(requested())
     }
 
@@ -355,6 +360,7 @@ impl Engine for Fake {
         let mut state = self.lock();
         state.fails(Call::Destroy)?;
         state.files.remove(id);
+        state.close_log(id);
         if let Some(vm) = state.vms.remove(id) {
             vm.run.cancel();
         }

@@ -1,9 +1,11 @@
 //! Programs of fake VMs: scripted by their words, or by the test while they run.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use tiffin_logs::{Limits, Stream, Writer};
 use tiffin_types::{
     id::VmId,
+    time::Timestamp,
     vm::{EndReason, EndReport},
 };
 
@@ -44,6 +46,11 @@ impl Fake {
         self.lock().print(id, stream, bytes);
     }
 
+    /// Keeps what programs print from now on as a real engine does: as lines below `folder`, by the VM's id.
+    pub fn set_logs(&self, folder: impl Into<PathBuf>) {
+        self.lock().logs = Some(folder.into());
+    }
+
     /// All that the VM's programs have printed, gone VMs' too.
     pub fn printed(&self, id: &VmId) -> Vec<(Printed, Vec<u8>)> {
         self.lock().printed.get(id).cloned().unwrap_or_default()
@@ -60,10 +67,32 @@ impl Fake {
     }
 }
 
+impl From<Printed> for Stream {
+    fn from(printed: Printed) -> Self {
+        match printed {
+            Printed::Stdout => Stream::Stdout,
+            Printed::Stderr => Stream::Stderr,
+        }
+    }
+}
+
 impl State {
     fn print(&mut self, id: &VmId, stream: Printed, bytes: &[u8]) {
         if self.vms.get(id).is_some_and(|vm| vm.program_runs) {
             self.printed.entry(id.clone()).or_default().push((stream, bytes.to_vec()));
+            let Some(logs) = &self.logs else { return };
+            let open = || Writer::open(logs.join(id.as_str()), Limits::default());
+            let writer = self.log_writers.entry(id.clone()).or_insert_with(open);
+            writer.push(stream.into(), bytes, Timestamp::now());
+        }
+    }
+}
+
+impl State {
+    /// The program prints no more.
+    pub(super) fn close_log(&mut self, id: &VmId) {
+        if let Some(mut writer) = self.log_writers.remove(id) {
+            writer.finish(Timestamp::now());
         }
     }
 }
@@ -79,6 +108,7 @@ impl Shared {
         if let Some(vm) = state.vms.get_mut(id).filter(|vm| vm.program_runs) {
             vm.end_with(report.clone());
             state.ends.push_back(Ended { id: id.clone(), report });
+            state.close_log(id);
         }
         self.ended.notify_waiters();
     }

@@ -20,6 +20,7 @@ use std::{
 };
 
 use nix::{
+    fcntl::{FcntlArg, fcntl},
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
     unistd::Pid,
@@ -44,6 +45,9 @@ use crate::{
 
 /// Where the agent stands in every guest.
 const AGENT: &str = "/.tiffin/tiffin-agent";
+
+/// Room in the pipe that a program's output comes through.
+const CHANNEL_PIPE: libc::c_int = 256 * 1024;
 
 /// A step of the boot failed; the text is for the engine's log, not for the API.
 type Step<T> = Result<T, String>;
@@ -313,6 +317,10 @@ fn spawn_engine(vm: &Vm, (gate, opener): (RawFd, RawFd), forker: OwnedFd, pid_fi
 /// Listens to what the agent and the engine say from now on.
 fn listen_to(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
     if let Some(events) = child.stdout.take() {
+        if vm.launch.spec.program.is_some() {
+            // With less, each turn of the reader's stops a program that prints much. A kernel that refuses is only slower.
+            let _ = fcntl(&events, FcntlArg::F_SETPIPE_SZ(CHANNEL_PIPE));
+        }
         let of = Arc::clone(vm);
         vm.add_listener("channel", move || channel::follow(&of, events)).map_err(|e| step("a thread", e))?;
     }

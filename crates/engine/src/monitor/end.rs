@@ -24,6 +24,9 @@ use crate::host::{filter, mount};
 /// How often the kernel's count of memory kills is looked at.
 const OOM_INTERVAL: Duration = Duration::from_millis(500);
 
+/// How long killed processes may take to vanish.
+const LAST_REAPED: Duration = Duration::from_secs(5);
+
 /// Waits for the sandbox's end and says why it came.
 pub(super) fn wait(vm: &Arc<Vm>, sandbox: Pid) -> EndReport {
     watch_memory(vm);
@@ -34,6 +37,10 @@ pub(super) fn wait(vm: &Arc<Vm>, sandbox: Pid) -> EndReport {
         }
     };
     vm.engine_log.line(format!("the sandbox ended: {status:?}"));
+    // The reason may be among the guest's last words.
+    vm.kill_all();
+    reap_all(Instant::now() + LAST_REAPED);
+    vm.hear_out();
     why(vm, status)
 }
 
@@ -89,7 +96,7 @@ fn why(vm: &Vm, status: nix::Result<WaitStatus>) -> EndReport {
 /// Clears everything but the folder, records the end and tells everyone who waits.
 pub(super) fn finish(vm: &Vm, report: EndReport) {
     vm.kill_all();
-    reap_all(Instant::now() + Duration::from_secs(5));
+    reap_all(Instant::now() + LAST_REAPED);
     vm.hear_out();
     for name in ["root", "disk"] {
         if let Err(error) = unmount(&vm.scratch(name)) {

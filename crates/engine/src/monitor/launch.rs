@@ -9,10 +9,12 @@ use std::{
     net::SocketAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tiffin_logs::Limits;
 use tiffin_types::vm::{EndReport, EngineName, VmSpec};
 
 use crate::{
@@ -37,6 +39,8 @@ pub const MEMORY: &str = "memory";
 pub const SOCKET: &str = "monitor.sock";
 /// The VM's writable layer.
 pub const DISK: &str = "disk.ext4";
+/// Beside `vms/`: a folder per VM with what its program printed. It outlives the VM.
+pub const LOGS: &str = "logs";
 /// What the monitor mounts, in its own mount namespace only.
 pub const SCRATCH: &str = "mnt";
 
@@ -67,9 +71,45 @@ pub struct Launch {
     /// The engine's release; snapshots of this run can be restored by no other.
     #[serde(default)]
     pub engine_version: String,
+    /// Where the program's output is kept, and how much of it.
+    #[serde(default)]
+    pub log: Option<LogKeep>,
     /// The saved guest to go on from, instead of booting.
     #[serde(default)]
     pub restore: Option<Restore>,
+}
+
+/// Where lines that a VM's program prints are kept, and how many.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LogKeep {
+    /// The log's folder.
+    pub folder: PathBuf,
+    /// Bytes of all lines.
+    pub total_bytes: u64,
+    /// How long, in seconds.
+    pub age_s: u64,
+    /// Bytes of a line.
+    pub line_bytes: usize,
+}
+
+impl LogKeep {
+    /// In `folder`, within `limits`.
+    pub fn new(folder: PathBuf, limits: Limits) -> Self {
+        let Limits { total_bytes, age, line_bytes, .. } = limits;
+        Self { folder, total_bytes, age_s: age.as_secs(), line_bytes }
+    }
+
+    /// For a start by a server that didn't say yet: where `vm`, a VM's folder, has its log by convention.
+    pub(super) fn beside(vm: &Path) -> Self {
+        let id = vm.file_name().unwrap_or_default();
+        let data = vm.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+        Self::new(data.join(LOGS).join(id), Limits::default())
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> Limits {
+        Limits::new(self.total_bytes, Duration::from_secs(self.age_s), self.line_bytes)
+    }
 }
 
 /// A saved guest, as the one that becomes another needs to know it.

@@ -20,6 +20,7 @@ mod egress;
 mod end;
 pub mod launch;
 pub mod log;
+mod output;
 mod pause;
 mod program;
 mod save;

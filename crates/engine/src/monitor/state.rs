@@ -20,8 +20,9 @@ use tiffin_types::{
 
 use super::{
     Host,
-    launch::{Launch, Phase, SCRATCH},
+    launch::{Launch, LogKeep, Phase, SCRATCH},
     log::Log,
+    output::Output,
 };
 use crate::{
     LogKind,
@@ -51,6 +52,8 @@ pub(super) struct Vm {
     pub(super) engine_log: Log,
     pub(super) console: Log,
     pub(super) errors: Log,
+    /// What the program prints.
+    pub(super) output: Output,
     pub(super) denied: Mutex<Counts>,
     /// What the guest may reach at the moment.
     reach: Mutex<Reach>,
@@ -106,6 +109,7 @@ impl Vm {
             engine_log: log(LogKind::Engine),
             console: log(LogKind::Console),
             errors: log(LogKind::EngineErrors),
+            output: Output::new(launch.log.clone().unwrap_or_else(|| LogKeep::beside(&folder))),
             folder,
             launch,
             host_namespace: host.namespace,
@@ -260,8 +264,18 @@ impl Vm {
     }
 
     /// The program ended; the first word counts.
-    pub(super) fn note_exit(&self, report: EndReport) {
-        self.lock().exit.get_or_insert(report);
+    ///
+    /// Whether this was it.
+    pub(super) fn note_exit(&self, report: EndReport) -> bool {
+        let mut state = self.lock();
+        let first = state.exit.is_none();
+        state.exit.get_or_insert(report);
+        first
+    }
+
+    /// Whether the guest is down by the deadline.
+    pub(super) fn wait_for_end(&self, deadline: Instant) -> bool {
+        self.wait(Some(deadline), |state| state.report.is_some()).is_some()
     }
 
     /// How the program ended, if it has.

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::Ipv4Net;
+use tiffin_logs::Limits;
 
 /// Where things are on this host and how its VMs are run.
 #[derive(Debug, Clone)]
@@ -23,6 +24,8 @@ pub struct HostConfig {
     pub resolvers: Vec<SocketAddr>,
     /// How long a guest has to come up.
     pub boot_timeout: Duration,
+    /// How much is kept of what a VM's program prints.
+    pub logs: Limits,
     /// Free space of the data folder's filesystem below which no VM is created or started, in MiB.
     pub min_free_disk_mb: u64,
 }

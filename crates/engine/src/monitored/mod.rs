@@ -52,7 +52,7 @@ use crate::{
         mount::{free_bytes, wait_detached},
     },
     monitor::{
-        launch::{self, Ask, DISK, END, LAUNCH, Launch, Phase, RUN, Reply, SPEC},
+        launch::{self, Ask, DISK, END, LAUNCH, LOGS, Launch, LogKeep, Phase, RUN, Reply, SPEC},
         log,
     },
 };
@@ -123,6 +123,11 @@ impl Monitored {
 
     fn folder(&self, id: &VmId) -> PathBuf {
         self.config.data_dir.join("vms").join(id.as_str())
+    }
+
+    /// Where the VM's program's output goes.
+    fn log_keep(&self, id: &VmId) -> LogKeep {
+        LogKeep::new(self.config.data_dir.join(LOGS).join(id.as_str()), self.config.logs)
     }
 
     fn spec(&self, id: &VmId) -> Result<VmSpec, EngineError> {
@@ -253,6 +258,7 @@ impl Engine for Monitored {
             token: hex::encode(rand::random::<[u8; 32]>()),
             boot_timeout_ms: u64::try_from(self.config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
             engine_version,
+            log: Some(self.log_keep(id)),
             restore,
         };
         if let Err(error) = self.start_monitor(id, &launch).await {
