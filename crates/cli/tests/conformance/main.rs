@@ -15,11 +15,15 @@ mod suite;
 use std::sync::Arc;
 
 use harness::Host;
-use suite::Subject;
-use tiffin_engine::{Engine, Observed, fake::Fake};
+use suite::{Does, Subject};
+use tiffin_engine::{
+    Engine, Observed,
+    fake::{Fake, FakeProgram},
+};
 use tiffin_types::{
     id::{Digest, VmId},
     network::EgressPolicy,
+    program::{Program, StopSignal},
     vm::{EndReason, EndReport, VmSize, VmSpec},
 };
 
@@ -42,6 +46,19 @@ impl Subject for FakeSubject {
         }
     }
 
+    fn program(&self, does: Does) -> Program {
+        let (words, scripted) = match does {
+            Does::Exit(code) => (format!("exits {code}"), FakeProgram { exit_code: Some(code), ..Default::default() }),
+            Does::Stay => ("stays".to_owned(), FakeProgram::default()),
+            Does::Miss => {
+                let refused = Some(("there is no such program".to_owned(), 127));
+                ("missing".to_owned(), FakeProgram { refused, ..Default::default() })
+            }
+        };
+        self.0.program(&words, scripted);
+        program(words.split(' '))
+    }
+
     async fn restart(&mut self) -> Vec<(VmId, Observed)> {
         self.0.adopt().await.unwrap()
     }
@@ -62,12 +79,30 @@ impl Subject for Host {
         Host::spec(self)
     }
 
+    fn program(&self, does: Does) -> Program {
+        match does {
+            Does::Exit(code) => program(["sh", "-c", &format!("exit {code}")]),
+            Does::Stay => program(["sleep", "1000"]),
+            Does::Miss => program(["/no/such/program"]),
+        }
+    }
+
     async fn restart(&mut self) -> Vec<(VmId, Observed)> {
         Host::restart(self).await
     }
 
     async fn kill_engine_process(&self, id: &VmId) {
         harness::kill_sandbox(&self.folder(id));
+    }
+}
+
+fn program<'a>(words: impl IntoIterator<Item = &'a str>) -> Program {
+    Program {
+        argv: words.into_iter().map(str::to_owned).collect(),
+        env: Default::default(),
+        cwd: String::new(),
+        user: String::new(),
+        stop_signal: StopSignal::TERM,
     }
 }
 
@@ -102,5 +137,8 @@ on_every_engine!(
     a_restored_vm_is_another_one,
     a_vm_can_be_destroyed_while_it_is_saved_or_restored,
     a_policy_changes_whether_the_vm_runs_or_not,
+    a_vm_ends_with_its_program,
+    a_program_is_started_once_whoever_asks_again,
+    a_program_that_cant_be_started_ends_its_vm,
     an_image_is_let_go_of_when_nothing_is_made_of_it,
 );

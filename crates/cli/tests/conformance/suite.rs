@@ -7,6 +7,7 @@ use tiffin_protocol::AGENT_PORT;
 use tiffin_types::{
     id::{SnapshotId, VmId},
     network::EgressPolicy,
+    program::Program,
     vm::{EndReason, EndReport, VmSize, VmSpec},
 };
 
@@ -17,10 +18,23 @@ use crate::harness::{eventually, sh};
 pub(crate) trait Subject: Send {
     fn engine(&self) -> Arc<dyn Engine>;
     fn spec(&self) -> VmSpec;
+    /// A program for a VM of this engine.
+    fn program(&self, does: Does) -> Program;
     /// A new server over the same host: what its engine's `adopt` saw.
     async fn restart(&mut self) -> Vec<(VmId, Observed)>;
     /// Kills what runs the VM, from outside and without asking anyone.
     async fn kill_engine_process(&self, id: &VmId);
+}
+
+/// What a program does.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Does {
+    /// It ends at once with that code.
+    Exit(i32),
+    /// It runs until it is stopped.
+    Stay,
+    /// It isn't there.
+    Miss,
 }
 
 const GRACE: Duration = Duration::from_secs(3);
@@ -420,4 +434,66 @@ pub(crate) async fn an_image_is_let_go_of_when_nothing_is_made_of_it(subject: &m
     says_hello(&*engine, &new).await;
     engine.destroy(&new).await.unwrap();
     assert!(engine.image_release(&image).await.unwrap());
+}
+
+/// A VM with a program that is up, and whose program isn't started.
+async fn waiting(subject: &dyn Subject, does: Does) -> VmId {
+    let spec = VmSpec { program: Some(subject.program(does)), ..subject.spec() };
+    subject.engine().create(&spec).await.unwrap();
+    subject.engine().create(&spec).await.expect("creating what exists, as it is, is fine");
+    subject.engine().start(&spec.id).await.unwrap();
+    spec.id
+}
+
+/// With its program a VM ends, and says so once. The next run is like the first.
+pub(crate) async fn a_vm_ends_with_its_program(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    assert!(matches!(engine.program_start(&VmId::random()).await, Err(EngineError::Absent)));
+    let without = running(subject).await;
+    assert!(matches!(engine.program_start(&without).await, Err(EngineError::Invalid(_))));
+    says_hello(&*engine, &without).await;
+    let id = waiting(subject, Does::Exit(7)).await;
+    for _ in 0..2 {
+        assert_eq!(engine.observe(&id).await, Observed::Running, "nothing runs before it is started");
+        engine.program_start(&id).await.unwrap();
+        let ended = next_end(&*engine).await;
+        assert_eq!((&ended.id, ended.report.reason, ended.report.exit_code), (&id, EndReason::Exited, Some(7)));
+        assert_eq!(engine.observe(&id).await, Observed::Stopped { end: Some(ended.report) });
+        assert!(matches!(engine.program_start(&id).await, Err(EngineError::WrongState(_))));
+        engine.start(&id).await.unwrap();
+    }
+    for id in [id, without] {
+        engine.destroy(&id).await.unwrap();
+    }
+}
+
+/// A program's start can be repeated, also by the next server, and waits for no pause.
+pub(crate) async fn a_program_is_started_once_whoever_asks_again(subject: &mut dyn Subject) {
+    let id = waiting(subject, Does::Stay).await;
+    let engine = subject.engine();
+    engine.pause(&id).await.unwrap();
+    assert!(matches!(engine.program_start(&id).await, Err(EngineError::WrongState(_))));
+    engine.resume(&id).await.unwrap();
+    engine.program_start(&id).await.unwrap();
+    engine.program_start(&id).await.expect("it runs");
+    assert_eq!(subject.restart().await, [(id.clone(), Observed::Running)]);
+    let engine = subject.engine();
+    engine.program_start(&id).await.expect("it runs");
+    says_hello(&*engine, &id).await;
+    assert_eq!(engine.stop(&id, GRACE).await.unwrap().reason, EndReason::Requested);
+    let more = tokio::time::timeout(Duration::from_millis(200), engine.next_end()).await;
+    assert!(more.is_err(), "an end that stop returned is not told again: {more:?}");
+    engine.destroy(&id).await.unwrap();
+}
+
+/// What can't be run is the VM's end, returned and not told again.
+pub(crate) async fn a_program_that_cant_be_started_ends_its_vm(subject: &mut dyn Subject) {
+    let engine = subject.engine();
+    let id = waiting(subject, Does::Miss).await;
+    let Err(EngineError::Ended(report)) = engine.program_start(&id).await else { panic!("there is none") };
+    assert_eq!((report.reason, report.exit_code), (EndReason::ProgramFailed, Some(127)));
+    assert_eq!(engine.observe(&id).await, Observed::Stopped { end: Some(report) });
+    let more = tokio::time::timeout(Duration::from_millis(200), engine.next_end()).await;
+    assert!(more.is_err(), "{more:?}");
+    engine.destroy(&id).await.unwrap();
 }
