@@ -26,7 +26,7 @@ fn shell(line: &str) -> Program {
 fn start(guest: &Guest, program: Program) -> ProgramStarted {
     let answer = guest.ask(Op::Program(program));
     assert_eq!(answer.kind, Kind::Done, "{}", String::from_utf8_lossy(&answer.last));
-    serde_json::from_slice(&answer.last).unwrap()
+    serde_json::from_slice(&answer.last).expect("an answer")
 }
 
 /// Runs it in a guest of its own, to the end of both.
