@@ -292,6 +292,31 @@ fn an_image_is_made_and_its_files_are_sent_as_they_are() {
 }
 
 #[test]
+fn an_upload_of_the_same_file_goes_on_where_an_earlier_one_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let rootfs = folder.path().join("rootfs");
+    std::fs::write(&rootfs, b"hello world").unwrap();
+    let mut kept = image("failed");
+    let digest = "sha256:b94d27b9934d3e08a52e52d7da7dabfac484efe37a5380ee9088f7ace2efcde9";
+    kept["partialUploads"] = json!([{ "part": "rootfs", "receivedBytes": 6, "expectedBytes": 11, "digest": digest }]);
+    let put = || ("PUT /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A/rootfs", Answer::empty(204));
+    let server =
+        Server::start(vec![put(), ("GET /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A", Answer::json(200, kept.clone()))]);
+    let out = run(&server, &["image", "upload", IMAGE, "--rootfs", rootfs.to_str().unwrap()]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let asked = &server.requests()[1];
+    assert_eq!((asked.header("content-range"), asked.length), (Some("bytes 6-10/11"), 5));
+    assert_eq!(asked.header("repr-digest"), Some("sha-256=:uU0nuZNNPgilLlLX2n2r+sSE7+N6U4DukIj3rOLvzek=:"));
+
+    // What is kept of another file is nothing to go on with.
+    kept["partialUploads"][0]["digest"] = json!(digest.replace('b', "c"));
+    let server = Server::start(vec![put(), ("GET /v1/images/01JD4W5C1QZX6M0V5K2B8N7T3A", Answer::json(200, kept))]);
+    assert!(run(&server, &["image", "upload", IMAGE, "--rootfs", rootfs.to_str().unwrap()]).status.success());
+    let asked = &server.requests()[1];
+    assert_eq!((asked.header("content-range"), asked.length), (None, 11));
+}
+
+#[test]
 fn a_file_that_is_not_there_makes_no_image() {
     let server = Server::start(vec![]);
     let out = run(&server, &["image", "create", "mine", "--rootfs", "/nonexistent/rootfs"]);

@@ -17,6 +17,10 @@ use std::{
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -27,6 +31,7 @@ use tiffin_image::{
     blob::BlobStore,
     convert::{ConvertError, Converter, Limits},
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// A setting for machines whose disk is nearly full: what is tested is small.
 const ANY_DISK: &str = "images.min_free_disk_mb=64";
@@ -154,14 +159,16 @@ async fn a_deleted_images_room_is_free_at_once_whatever_else_runs_and_so_are_vms
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upload_that_the_servers_end_cut_short_is_none_and_the_image_can_be_uploaded_again() {
+async fn an_upload_that_the_servers_end_cut_short_is_none_and_can_be_gone_on_with() {
     let mut site = Site::start(&[ANY_DISK]).await;
     let folder = tempfile::tempdir().unwrap();
     let bytes = busybox(folder.path());
     let image = image(&site, "busybox").await;
     let blobs = site.data.join("images/sha256");
     let before = fs::read_dir(&blobs).unwrap().count();
-    for point in ["after_upload_begin", "after_upload_received", "after_upload_converted"] {
+    for (point, kept) in
+        [("after_upload_begin", 0), ("after_upload_received", bytes.len()), ("after_upload_converted", bytes.len())]
+    {
         site.kill().await;
         site.serve(Some(point)).await;
         let cut = site.try_upload(&format!("{image}/rootfs"), bytes.clone()).await;
@@ -171,9 +178,16 @@ async fn an_upload_that_the_servers_end_cut_short_is_none_and_the_image_can_be_u
         let image = now(&site, &image).await;
         assert_eq!((&image["status"], &image["hasRootfs"]), (&json!("failed"), &json!(false)), "{point}: {image}");
         assert!(image["error"].as_str().unwrap().contains("upload it again"), "{point}: {image}");
-        assert!(!site.data.join("images/uploads").exists(), "{point}");
+        let received = image["partialUploads"][0]["receivedBytes"].as_u64().unwrap_or(0);
+        assert_eq!(received, u64::try_from(kept).unwrap(), "{point}: {image}");
+        let folder = site.data.join("images/uploads").join(image["id"].as_str().unwrap());
+        let files = fs::read_dir(folder).into_iter().flatten().count();
+        assert_eq!(files, usize::from(kept > 0), "{point}: nothing else of it");
     }
-    let uploaded = site.try_upload(&format!("{image}/rootfs"), bytes).await.unwrap();
+    // All has come already.
+    let range = format!("bytes */{}", bytes.len());
+    let uploaded =
+        site.try_upload_with(&format!("{image}/rootfs"), &[("content-range", &range)], Vec::new()).await.unwrap();
     assert_eq!(uploaded.status, 204, "{uploaded:?}");
     assert_eq!(now(&site, &image).await["status"], "ready");
     // The one that was made before the last end is the same, as it has the same bytes.
@@ -191,6 +205,77 @@ async fn an_upload_that_the_servers_end_cut_short_is_none_and_the_image_can_be_u
     site.serve(None).await;
     assert_eq!(site.ask("GET", &image, None).await.status, 404);
     assert_eq!(fs::read_dir(&blobs).unwrap().count(), before);
+}
+
+/// Passes connections on to wherever the server is now. The first one that has brought so many bytes brings no more, until the server
+/// ends.
+async fn stalling_proxy(target: Arc<Mutex<String>>, after: usize) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let stalled = Arc::new(AtomicBool::new(false));
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (target, stalled) = (target.lock().unwrap().clone(), Arc::clone(&stalled));
+            tokio::spawn(async move {
+                let Ok(server) = tokio::net::TcpStream::connect(target).await else { return };
+                let ((mut from, mut back), (mut answers, mut to)) = (client.into_split(), server.into_split());
+                let upward = async {
+                    let (mut buffer, mut passed) = (vec![0; 64 << 10], 0);
+                    while let Ok(read @ 1..) = from.read(&mut buffer).await {
+                        to.write_all(&buffer[..read]).await?;
+                        passed += read;
+                        if passed >= after && !stalled.swap(true, Ordering::SeqCst) {
+                            std::future::pending::<()>().await;
+                        }
+                    }
+                    std::io::Result::Ok(())
+                };
+                tokio::select! {
+                    _ = upward => {}
+                    _ = tokio::io::copy(&mut answers, &mut back) => {}
+                }
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_goes_on_with_an_upload_after_the_server_was_killed_and_a_vm_boots_of_it() {
+    let mut site = Site::start(&[ANY_DISK]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("rootfs");
+    let bytes = busybox(folder.path());
+    fs::write(&file, &bytes).unwrap();
+    let image = image(&site, "busybox").await;
+    let target = Arc::new(Mutex::new(site.url().replace("http://", "")));
+    let url = stalling_proxy(Arc::clone(&target), 5 << 20).await;
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_tiffin"));
+    command.args(["image", "upload", image.rsplit('/').next().unwrap(), "--rootfs"]).arg(&file);
+    command.env("TIFFIN_URL", url).env("TIFFIN_API_KEY", site.key()).kill_on_drop(true);
+    let upload = tokio::spawn(async move { command.output().await.unwrap() });
+    harness::eventually("some of it came", async || now(&site, &image).await["receivedBytes"].as_u64() > Some(4 << 20))
+        .await;
+    site.kill().await;
+    site.serve(None).await;
+    let kept = now(&site, &image).await;
+    let (received, total) = (&kept["partialUploads"][0]["receivedBytes"], &kept["partialUploads"][0]["expectedBytes"]);
+    assert!((4 << 20..6 << 20).contains(&received.as_u64().unwrap()) && total == bytes.len(), "{kept}");
+    let wrong = [("content-range", format!("bytes 10-19/{}", bytes.len()))];
+    let wrong = wrong.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let refused = site.try_upload_with(&format!("{image}/rootfs"), &wrong, vec![0; 10]).await.unwrap();
+    assert_eq!((refused.status, &refused.body["details"]["receivedBytes"]), (409, received), "{refused:?}");
+
+    *target.lock().unwrap() = site.url().replace("http://", "");
+    let done = tokio::time::timeout(Duration::from_secs(90), upload).await.expect("it goes on").unwrap();
+    assert!(done.status.success(), "{done:?}");
+    let ready = now(&site, &image).await;
+    assert_eq!((&ready["status"], &ready["partialUploads"]), (&json!("ready"), &json!([])), "{ready}");
+    let body = json!({ "cpu": 1, "memMb": 128, "allowIps": [], "diskSizeMb": 64, "imageId": image.rsplit('/').next() });
+    let vm = site.ask("POST", "/v1/vms", Some(body)).await.id();
+    assert_eq!(site.sh(&vm, "cat /marker").await, "of busybox\n");
+    site.delete(&vm).await;
+    assert!(site.log().contains("bytes are kept of an upload"), "it went on, and didn't begin anew");
 }
 
 #[test]

@@ -254,7 +254,11 @@ impl Drop for Incoming {
     }
 }
 
-fn hash(file: &mut File) -> io::Result<Blob> {
+/// What blob the rest of a file would be.
+///
+/// # Errors
+/// When it can't be read.
+pub fn hash(file: &mut File) -> io::Result<Blob> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut size_bytes = 0;

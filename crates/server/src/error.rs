@@ -13,6 +13,7 @@ use tiffin_engine::EngineError;
 use tiffin_store::{QuotaExceeded, StoreError};
 use tiffin_types::{
     account::Scope,
+    id::Digest,
     vm::{EndReason, EndReport},
 };
 use utoipa::ToSchema;
@@ -49,6 +50,19 @@ pub(crate) enum AppError {
     /// The client is too slow.
     #[error("the body didn't arrive in time")]
     BodyTimeout,
+    /// What the client sends comes too slowly; says how slowly.
+    #[error("{0}")]
+    TooSlow(String),
+    /// The file that came isn't the one that the client meant.
+    #[error(
+        "the file that came has the digest {found}, and the request's head says {wanted}: nothing of it is kept, upload it anew"
+    )]
+    DigestMismatch {
+        /// What the client said.
+        wanted: Digest,
+        /// What came.
+        found: Digest,
+    },
     /// The thing is not in a state for that.
     #[error("{message}")]
     Conflict {
@@ -269,6 +283,8 @@ fn describe(error: &AppError) -> (StatusCode, &str, Value) {
         AppError::NoRoute => (StatusCode::NOT_FOUND, "no_such_route", Value::Null),
         AppError::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", Value::Null),
         AppError::BodyTimeout => (StatusCode::REQUEST_TIMEOUT, "body_timeout", Value::Null),
+        AppError::TooSlow(_) => (StatusCode::REQUEST_TIMEOUT, "too_slow", Value::Null),
+        AppError::DigestMismatch { .. } => (StatusCode::BAD_REQUEST, "digest_mismatch", Value::Null),
         AppError::Conflict { code, details, .. } => (StatusCode::CONFLICT, code, details.clone()),
         AppError::TooLarge(limit) => (StatusCode::PAYLOAD_TOO_LARGE, "too_large", json!({ "limitBytes": limit })),
         AppError::OverLimit(_) => (StatusCode::PAYLOAD_TOO_LARGE, "too_large", Value::Null),

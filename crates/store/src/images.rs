@@ -29,9 +29,13 @@ macro_rules! select {
 }
 
 mod defaults;
+mod partials;
 mod uploads;
 
-pub use self::uploads::{Upload, Uploaded};
+pub use self::{
+    partials::Partial,
+    uploads::{Upload, Uploaded},
+};
 
 /// An image.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,7 +94,7 @@ pub struct NewImage {
 pub struct ImageQuota {
     /// Images.
     pub images: u64,
-    /// Bytes of their filesystems and kernels on the host.
+    /// Bytes of their filesystems and kernels on the host, and of what is kept of uploads that broke off.
     pub bytes: u64,
 }
 
@@ -254,7 +258,9 @@ async fn usage(
     db: &mut AnyConnection,
 ) -> Result<ImageQuota, StoreError> {
     let row = sqlx::query(
-        "SELECT 'images' AS id, COUNT(*) AS images, CAST(COALESCE(SUM(size_bytes + kernel_bytes), 0) AS BIGINT) AS bytes
+        "SELECT 'images' AS id, COUNT(*) AS images,
+             CAST(COALESCE(SUM(size_bytes + kernel_bytes + COALESCE(
+                 (SELECT SUM(received_bytes) FROM image_partials WHERE image_id = images.id), 0)), 0) AS BIGINT) AS bytes
          FROM images WHERE account_id = $1 AND id <> $2",
     )
     .bind(account.as_str())
@@ -317,7 +323,11 @@ async fn delete_checked(id: &ImageId, tx: &mut AnyConnection) -> Result<ImageDel
         return Ok(ImageDeleted::IsDefault);
     }
     let blobs = [fields.parsed_if_any("digest")?, fields.parsed_if_any("kernel_digest")?];
-    sqlx::query("DELETE FROM account_default_images WHERE image_id = $1").bind(id.as_str()).execute(&mut *tx).await?;
+    for also in
+        ["DELETE FROM account_default_images WHERE image_id = $1", "DELETE FROM image_partials WHERE image_id = $1"]
+    {
+        sqlx::query(also).bind(id.as_str()).execute(&mut *tx).await?;
+    }
     sqlx::query("DELETE FROM images WHERE id = $1").bind(id.as_str()).execute(tx).await?;
     Ok(ImageDeleted::Deleted(blobs.into_iter().flatten().collect()))
 }

@@ -101,10 +101,11 @@ impl Client {
         self.json(Call::new(Method::DELETE, path)).await.map(drop)
     }
 
-    /// `PUT` of a file's bytes; `sent` is told how many have gone, as they go.
+    /// `PUT` of so many of a file's bytes, from where it stands; `sent` is told how many have gone, as they go.
     pub(crate) async fn upload(
         &self,
         path: &str,
+        headers: HeaderMap,
         file: tokio::fs::File,
         bytes: u64,
         limit: Duration,
@@ -119,6 +120,7 @@ impl Client {
         let request = self
             .http
             .request(Method::PUT, url)
+            .headers(headers)
             .header(header::CONTENT_TYPE, "application/octet-stream")
             .header(header::CONTENT_LENGTH, bytes)
             .timeout(limit)

@@ -10,7 +10,10 @@ use tiffin_types::id::ImageId;
 use crate::{
     args::Connection,
     client::Client,
-    commands::{image_build, image_upload},
+    commands::{
+        image_build,
+        image_upload::{self, Begin},
+    },
     failure::Failure,
     output::{self, field},
 };
@@ -120,7 +123,7 @@ pub(crate) async fn run(args: ImageArgs) -> Result<ExitCode, Failure> {
                 return Err(anyhow::anyhow!("nothing to upload: give --rootfs FILE, --kernel FILE or both").into());
             }
             let client = Client::new(&args.api.connection)?;
-            upload(&client, &args.id, &args.files).await?;
+            upload(&client, &args.id, &args.files, Begin::WhereItEnded).await?;
             told(&client, &args.id, args.api.json).await?;
         }
         ImageCommand::SetDefault(args) => {
@@ -151,17 +154,17 @@ async fn create(args: &CreateArgs) -> Result<(), Failure> {
     let made = client.post("/v1/images", Some(&body)).await?;
     let id: ImageId =
         field(&made, "id").parse().map_err(|_| Failure::Exchange("the answer names no image".to_owned()))?;
-    if let Err(failure) = upload(&client, &id, &args.files).await {
+    if let Err(failure) = upload(&client, &id, &args.files, Begin::Anew).await {
         output::print_error(&format!("the image {id} was made, and is empty: upload to it, or delete it\n"))?;
         return Err(failure);
     }
     told(&client, &id, args.api.json).await
 }
 
-async fn upload(client: &Client, id: &ImageId, files: &Files) -> Result<(), Failure> {
+async fn upload(client: &Client, id: &ImageId, files: &Files, begin: Begin) -> Result<(), Failure> {
     for (part, file) in [("rootfs", &files.rootfs), ("kernel", &files.kernel)] {
         if let Some(file) = file {
-            image_upload::send(client, &path(id), part, file).await?;
+            image_upload::send(client, &path(id), part, file, begin).await?;
         }
     }
     Ok(())

@@ -221,8 +221,20 @@ impl Site {
 
     /// Uploads bytes; an error when the server breaks off.
     pub(crate) async fn try_upload(&self, path: &str, bytes: Vec<u8>) -> reqwest::Result<Answer> {
-        let api_key = fs::read_to_string(self.folder.path().join("key")).unwrap();
-        let request = self.http.put(format!("{}{path}", self.url)).header("x-api-key", api_key.trim());
+        self.try_upload_with(path, &[], bytes).await
+    }
+
+    /// The same with further headers.
+    pub(crate) async fn try_upload_with(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        bytes: Vec<u8>,
+    ) -> reqwest::Result<Answer> {
+        let mut request = self.http.put(format!("{}{path}", self.url)).header("x-api-key", self.key());
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
         let response = request.header("content-type", "application/octet-stream").body(bytes).send().await?;
         let status = response.status().as_u16();
         let text = response.text().await?;

@@ -1,35 +1,26 @@
-//! `/v1/images`
+//! `/v1/images`; uploads to them are in [`super::uploads`].
 
 use std::sync::Arc;
 
-use axum::{
-    Json,
-    body::Bytes,
-    extract::{Request, State},
-    http::StatusCode,
-};
-use futures_util::{Stream, StreamExt};
+use axum::{Json, extract::State, http::StatusCode};
 use serde::Serialize;
-use tiffin_store::{Image, Upload};
+use tiffin_store::Image;
 use tiffin_types::{id::ImageId, limits, time::Timestamp};
 use utoipa::ToSchema;
 
 use super::{
-    body::{Fields, JsonObject, NAME, RawBody, name, text},
+    body::{Fields, JsonObject, NAME, name, text},
     request::Id,
 };
 use crate::{
     app::{
         App,
         auth::Caller,
-        images::{self, ImageNow, ImageRequest},
-        uploads::{Progress, image_upload, image_upload_admit, upload_limit},
+        images::{self, ImageNow, ImageRequest, KeptUpload},
+        uploads::Progress,
     },
     error::AppError,
 };
-
-/// What uploads are.
-const OCTETS: &str = "application/octet-stream";
 
 /// An image to be made.
 #[derive(ToSchema)]
@@ -58,8 +49,10 @@ pub(crate) enum ImageStatus {
     Converting,
     /// VMs can be made of it.
     Ready,
-    /// The last upload came to nothing; `error` says why. What it had before it still has: see `hasRootfs`.
+    /// The last upload came to nothing, or not to its end; `error` says why. What it had before it still has: see `hasRootfs`.
     Failed,
+    /// A piece of a file has come, and others are to: see `partialUploads`.
+    Incomplete,
 }
 
 /// What VMs are made of.
@@ -101,12 +94,48 @@ pub(crate) struct ImageBody {
     /// While something is uploaded: files of the filesystem that were read.
     #[serde(skip_serializing_if = "Option::is_none")]
     converted_entries: Option<u64>,
+    /// What came of uploads that broke off: they can be gone on with.
+    partial_uploads: Vec<PartialUploadBody>,
+}
+
+/// What came of an upload that broke off.
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PartialUploadBody {
+    /// What it is of: `rootfs` or `kernel`.
+    #[schema(example = "rootfs")]
+    part: &'static str,
+    /// Bytes that came. The next request goes on there: `Content-Range: bytes 1048576-2097151/2097152`
+    #[schema(example = 1048576)]
+    received_bytes: u64,
+    /// Bytes of the whole file, if the client said so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expected_bytes: Option<u64>,
+    /// The whole file's SHA-256, if the client said so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<String>,
+    /// When it is removed, if nobody goes on with it.
+    #[schema(value_type = String, format = DateTime)]
+    expires_at: Timestamp,
+}
+
+impl From<KeptUpload> for PartialUploadBody {
+    fn from(kept: KeptUpload) -> Self {
+        Self {
+            part: kept.partial.part.as_str(),
+            received_bytes: kept.partial.received_bytes,
+            expected_bytes: kept.partial.total_bytes,
+            digest: kept.partial.digest.map(|digest| digest.to_string()),
+            expires_at: kept.expires_at,
+        }
+    }
 }
 
 impl From<ImageNow> for ImageBody {
-    fn from((image, progress): ImageNow) -> Self {
+    fn from(ImageNow { image, progress, kept }: ImageNow) -> Self {
         Self {
-            status: status(&image, progress),
+            status: status(&image, progress, !kept.is_empty()),
+            partial_uploads: kept.into_iter().map(PartialUploadBody::from).collect(),
             id: image.id.to_string(),
             name: image.name,
             description: image.description,
@@ -126,12 +155,13 @@ impl From<ImageNow> for ImageBody {
     }
 }
 
-fn status(image: &Image, progress: Option<Progress>) -> ImageStatus {
+fn status(image: &Image, progress: Option<Progress>, is_partial: bool) -> ImageStatus {
     match progress {
         Some(progress) if progress.converting => ImageStatus::Converting,
         Some(_) => ImageStatus::Uploading,
         // One that was cut short and isn't written down as such yet.
         None if image.upload_error.is_some() || image.upload.is_some() => ImageStatus::Failed,
+        None if is_partial => ImageStatus::Incomplete,
         None if image.digest.is_some() => ImageStatus::Ready,
         None => ImageStatus::Empty,
     }
@@ -171,37 +201,6 @@ pub(crate) async fn image_get(
     Ok(Json(images::image_get(&app, &caller, &id).await?.into()))
 }
 
-/// Upload an image's filesystem
-///
-/// The body is an ext4 (or ext2, ext3) filesystem as it is, not compressed and without a partition table. It replaces the
-/// one that the image has once it is whole; VMs keep what they were made of.
-#[utoipa::path(put, path = "/v1/images/{id}/rootfs", operation_id = "image_rootfs_update", tag = "Images",
-    params(("id" = String, Path)), request_body(content = String, content_type = OCTETS),
-    responses((status = 204, description = "VMs can be made of it"), (status = 409), (status = 422), (status = 429), (status = 503)))]
-pub(crate) async fn image_rootfs_update(
-    caller: Caller,
-    State(app): State<Arc<App>>,
-    Id(id): Id<ImageId>,
-    request: Request,
-) -> Result<StatusCode, AppError> {
-    update(&app, &caller, &id, Upload::Rootfs, request).await
-}
-
-/// Upload an image's kernel
-///
-/// The body is a Linux kernel for x86-64: a vmlinux (ELF) or a bzImage. Engines that boot no kernel, as gVisor, don't use it.
-#[utoipa::path(put, path = "/v1/images/{id}/kernel", operation_id = "image_kernel_update", tag = "Images",
-    params(("id" = String, Path)), request_body(content = String, content_type = OCTETS),
-    responses((status = 204, description = "The image has it"), (status = 409), (status = 422), (status = 429), (status = 503)))]
-pub(crate) async fn image_kernel_update(
-    caller: Caller,
-    State(app): State<Arc<App>>,
-    Id(id): Id<ImageId>,
-    request: Request,
-) -> Result<StatusCode, AppError> {
-    update(&app, &caller, &id, Upload::Kernel, request).await
-}
-
 /// Make an image the default
 ///
 /// The one that VMs are made of whose creator names none. With the scope admin and an image that everybody sees: for
@@ -231,32 +230,6 @@ pub(crate) async fn image_delete(
 ) -> Result<StatusCode, AppError> {
     images::image_delete(&app, &caller, &id).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-async fn update(
-    app: &Arc<App>,
-    caller: &Caller,
-    id: &ImageId,
-    part: Upload,
-    request: Request,
-) -> Result<StatusCode, AppError> {
-    let patience = app.config.http.body_timeout;
-    // A missing type is let through: what comes is looked at anyway.
-    let body =
-        RawBody::new(request, &[OCTETS, ""], ("the file itself", OCTETS), upload_limit(app, part), patience).await?;
-    match image_upload_admit(app, caller, id, part, body.announced()).await {
-        Ok(begun) => image_upload(app, begun, pieces(body)).await?,
-        Err(error) => {
-            body.drain(patience).await;
-            return Err(error);
-        }
-    }
-    Ok(StatusCode::NO_CONTENT)
-}
-
-fn pieces(body: RawBody) -> impl Stream<Item = Result<Bytes, AppError>> + Send {
-    let broken = || AppError::BadRequest("the body broke off: send it whole".into());
-    body.into_pieces().map(move |piece| piece.map_err(|_| broken()))
 }
 
 fn image_request(mut fields: Fields) -> Result<ImageRequest, AppError> {

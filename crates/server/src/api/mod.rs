@@ -6,6 +6,7 @@ mod api_keys;
 mod audit;
 mod body;
 mod cakework;
+mod content_range;
 mod docs;
 mod events;
 mod exec;
@@ -24,6 +25,7 @@ mod sessions;
 mod snapshots;
 mod terminal;
 mod timing;
+mod uploads;
 mod vm_logs;
 mod vms;
 

@@ -9,7 +9,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
     accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, layer, openapi,
-    overview, scripts, sessions, snapshots, terminal, vm_logs, vms,
+    overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms,
 };
 use crate::{app::App, error::AppError};
 
@@ -38,8 +38,8 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(files::file_get, files::file_update))
         .routes(routes!(images::image_create, images::image_list))
         .routes(routes!(images::image_get, images::image_delete))
-        .routes(routes!(images::image_rootfs_update))
-        .routes(routes!(images::image_kernel_update))
+        .routes(routes!(uploads::image_rootfs_update))
+        .routes(routes!(uploads::image_kernel_update))
         .routes(routes!(images::image_default_update))
         .routes(routes!(accounts::account_create, accounts::account_list))
         .routes(routes!(accounts::account_get, accounts::account_update))

@@ -12,17 +12,18 @@ use tiffin_image::{
     blob::{BlobError, BlobStore},
     convert::{Converter, Limits},
 };
-use tiffin_store::{Image, ImageDeleted, NewImage};
+use tiffin_store::{Image, ImageDeleted, NewImage, Partial};
 use tiffin_types::{
     account::Scope,
     id::{Digest, ImageId},
+    time::Timestamp,
 };
-use tokio::sync::{RwLock, Semaphore};
+use tokio::sync::RwLock;
 
 use super::{
     App,
     auth::Caller,
-    uploads::{Ongoing, Progress},
+    uploads::{Ongoing, Progress, Turns, kept},
 };
 use crate::{config::Config, error::AppError, fault};
 
@@ -38,10 +39,8 @@ pub(crate) struct Images {
     pub(crate) ongoing: Ongoing,
     /// Blobs that may be unneeded.
     pub(crate) leaving: leaving::Leaving,
-    /// Uploads that are received at once.
-    pub(super) places: Arc<Semaphore>,
     /// One conversion at a time: each takes a processor and as much disk as it may.
-    pub(super) converting: Semaphore,
+    pub(super) converting: Turns,
 }
 
 impl Images {
@@ -59,10 +58,9 @@ impl Images {
                 time: config.images.convert_timeout.max(Duration::from_secs(1)),
             },
             gate: RwLock::default(),
-            ongoing: Ongoing::default(),
+            ongoing: Ongoing::new(config.images.uploads_in_flight),
             leaving: leaving::Leaving::default(),
-            places: Arc::new(Semaphore::new(config.images.uploads_in_flight.min(Semaphore::MAX_PERMITS))),
-            converting: Semaphore::new(1),
+            converting: Turns::default(),
         })
     }
 }
@@ -75,8 +73,21 @@ pub(crate) struct ImageRequest {
     pub(crate) shared: bool,
 }
 
-/// An image and, while something is uploaded to it, how far that is.
-pub(crate) type ImageNow = (Image, Option<Progress>);
+/// An image and what is uploaded to it.
+pub(crate) struct ImageNow {
+    pub(crate) image: Image,
+    /// How far an upload is that is under way.
+    pub(crate) progress: Option<Progress>,
+    /// What can be gone on with.
+    pub(crate) kept: Vec<KeptUpload>,
+}
+
+/// What is kept of an upload that broke off.
+pub(crate) struct KeptUpload {
+    pub(crate) partial: Partial,
+    /// When it is removed.
+    pub(crate) expires_at: Timestamp,
+}
 
 /// Makes the record of an image, to which a filesystem can be uploaded then.
 pub(crate) async fn image_create(app: &App, caller: &Caller, request: ImageRequest) -> Result<ImageNow, AppError> {
@@ -98,25 +109,35 @@ pub(crate) async fn image_create(app: &App, caller: &Caller, request: ImageReque
         }
     };
     tracing::info!(image_id = %image.id, account_id = %caller.account_id, "image {} created", image.id);
-    Ok((image, None))
+    Ok(ImageNow { image, progress: None, kept: Vec::new() })
 }
 
 /// The images that the caller may use.
 pub(crate) async fn image_list(app: &App, caller: &Caller) -> Result<Vec<ImageNow>, AppError> {
     caller.require(Scope::Read)?;
     let images = app.store.image_list(&caller.account_id).await?;
-    Ok(images.into_iter().map(|image| now(app, image)).collect())
+    let partials = app.store.image_partials_of(&caller.account_id).await?;
+    Ok(images.into_iter().map(|image| now(app, image, &partials)).collect())
 }
 
 /// One of them.
 pub(crate) async fn image_get(app: &App, caller: &Caller, id: &ImageId) -> Result<ImageNow, AppError> {
     caller.require(Scope::Read)?;
-    Ok(now(app, find(app, caller, id).await?))
+    let image = find(app, caller, id).await?;
+    Ok(now(app, image, &app.store.image_partials_of(&caller.account_id).await?))
 }
 
-fn now(app: &App, image: Image) -> ImageNow {
+fn now(app: &App, image: Image, partials: &[Partial]) -> ImageNow {
     let progress = app.images.ongoing.progress(&image.id);
-    (image, progress)
+    let is_kept = |partial: &&Partial| {
+        partial.image_id == image.id && progress.is_none_or(|progress| progress.part != partial.part)
+    };
+    let kept_ms = i64::try_from(app.config.images.partial_kept.as_millis()).unwrap_or(i64::MAX);
+    let kept = partials
+        .iter()
+        .filter(is_kept)
+        .map(|partial| KeptUpload { partial: partial.clone(), expires_at: partial.updated_at.plus_millis(kept_ms) });
+    ImageNow { kept: kept.collect(), image, progress }
 }
 
 /// Makes an image the default: everybody's, where it is everybody's and the key has the scope admin; else the account's.
@@ -165,6 +186,7 @@ pub(crate) async fn image_delete(app: &Arc<App>, caller: &Caller, id: &ImageId) 
         };
         fault::point("after_image_delete");
         tracing::info!(image_id = %id, "image {id} deleted");
+        kept::forget_image(&work, &id).await;
         leaving::let_go(&work, blobs).await;
         Ok(())
     })

@@ -402,7 +402,25 @@ pub const KEYS: &[Key] = &[
         "images.uploads_in_flight",
         "4",
         Allowed::Integer(1, 64),
-        "Uploads to images that are received at once; further ones get 503. They are made images of one after the other.",
+        "Uploads to images that are received at once; further ones get 503. One account may have one fewer, where there is more than one. They are made images of one after the other, each account in its turn.",
+    ),
+    Key::new(
+        "images.min_upload_bytes_per_s",
+        "125000",
+        Allowed::Integer(0, 1 << 40),
+        "What an upload to an image must bring a second, measured over each stretch of images.upload_stretch_ms; 0 is no limit. One that is slower breaks off, and can be gone on with.",
+    ),
+    Key::new(
+        "images.upload_stretch_ms",
+        "60000",
+        Allowed::Integer(100, 3_600_000),
+        "The stretch of time over which the pace of an upload to an image is measured.",
+    ),
+    Key::new(
+        "images.partial_kept_s",
+        "86400",
+        Allowed::Integer(1, 31_536_000),
+        "How long what came of an upload that broke off is kept, in seconds, for the client to go on with it.",
     ),
     Key::new(
         "images.min_free_disk_mb",

@@ -278,6 +278,12 @@ pub struct ImagesConfig {
     pub convert_timeout: Duration,
     /// Uploads that are received at once.
     pub uploads_in_flight: usize,
+    /// Bytes that an upload must bring a second; 0 is no limit.
+    pub min_upload_bytes_per_s: u64,
+    /// The stretch of time over which that is measured.
+    pub upload_stretch: Duration,
+    /// How long what came of an upload that broke off is kept.
+    pub partial_kept: Duration,
     /// Bytes of disk that uploads leave free.
     pub min_free_disk_bytes: u64,
     /// What an account's images may be and take.
@@ -424,6 +430,9 @@ impl Config {
                 max_entries: values.integer("images.max_entries")?,
                 convert_timeout: values.millis("images.convert_timeout_ms")?,
                 uploads_in_flight: values.count("images.uploads_in_flight")?,
+                min_upload_bytes_per_s: values.integer("images.min_upload_bytes_per_s")?,
+                upload_stretch: values.millis("images.upload_stretch_ms")?,
+                partial_kept: Duration::from_secs(values.integer("images.partial_kept_s")?),
                 min_free_disk_bytes: values.integer("images.min_free_disk_mb")? << 20,
                 quota: ImageQuota {
                     images: values.integer("images.per_account")?,

@@ -14,7 +14,8 @@ use crate::{
 };
 
 /// What an image says whose upload was cut short.
-const INTERRUPTED: &str = "the upload was interrupted by an end of the server: upload it again";
+const INTERRUPTED: &str =
+    "the upload was interrupted by an end of the server: go on with what is kept of it, or upload it again";
 /// A younger blob may be on its way to a record: a build of the default image keeps it before it registers it.
 const YOUNG: Duration = Duration::from_secs(3600);
 
@@ -22,16 +23,11 @@ const YOUNG: Duration = Duration::from_secs(3600);
 /// left, and removes the blobs that no record names.
 pub(crate) async fn settle_images(app: &App) -> Result<(), AppError> {
     settle_uploads(app).await?;
-    match tokio::fs::remove_dir_all(uploads::folder(app)).await {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!(%error, "what interrupted uploads left can't be removed now");
-        }
-        _ => {}
-    }
+    uploads::kept::settle(app).await?;
     sweep_blobs(app).await
 }
 
-/// Ends the uploads in records that nobody works on.
+/// Ends the uploads in records that nobody works on, and forgets those that nobody has gone on with.
 pub(super) async fn settle_uploads(app: &App) -> Result<(), AppError> {
     for id in app.store.image_uploads_unfinished().await? {
         if !app.images.ongoing.contains(&id) {
@@ -39,7 +35,7 @@ pub(super) async fn settle_uploads(app: &App) -> Result<(), AppError> {
             tracing::warn!(image_id = %id, "the upload to image {id} was interrupted");
         }
     }
-    Ok(())
+    uploads::kept::expire(app).await
 }
 
 /// Removes the blobs that no record names, young ones aside.

@@ -22,6 +22,7 @@ mod services;
 mod sessions;
 mod snapshots;
 mod terminal;
+mod uploads;
 mod vm_create;
 mod vm_fork;
 mod vms;

@@ -67,6 +67,13 @@ impl Store {
         Ok(done.rows_affected() == 1)
     }
 
+    /// Writes down that an upload's request is over, and that the next one goes on with it.
+    pub async fn image_upload_pause(&self, id: &ImageId) -> Result<(), StoreError> {
+        let statement = sqlx::query("UPDATE images SET upload = NULL, upload_error = NULL WHERE id = $1");
+        statement.bind(id.as_str()).execute(&self.pool).await?;
+        Ok(())
+    }
+
     /// Writes down that an upload came to nothing, and why. Nothing of one that ended already.
     pub async fn image_upload_failed(&self, id: &ImageId, why: &str) -> Result<(), StoreError> {
         let statement =
@@ -102,13 +109,22 @@ impl Store {
         let before = returned(before.bind(id.as_str()), &mut *tx).await?;
         let Some(before) = before else { return Err(StoreError::Conflict(format!("no image {id}"))) };
         let before = Fields::new("images", &before);
-        let (asked, beside, replaced) = match uploaded {
-            Uploaded::Rootfs { size_bytes, .. } => (*size_bytes, "kernel_bytes", "digest"),
-            Uploaded::Kernel { size_bytes, .. } => (*size_bytes, "size_bytes", "kernel_digest"),
+        let (part, asked, beside, replaced) = match uploaded {
+            Uploaded::Rootfs { size_bytes, .. } => (Upload::Rootfs, *size_bytes, "kernel_bytes", "digest"),
+            Uploaded::Kernel { size_bytes, .. } => (Upload::Kernel, *size_bytes, "size_bytes", "kernel_digest"),
         };
+        // It is whole, and counts as what it became.
+        let whole = sqlx::query("DELETE FROM image_partials WHERE image_id = $1 AND part = $2");
+        whole.bind(id.as_str()).bind(part.as_str()).execute(&mut *tx).await?;
         if let Some(account) = account {
             let others = usage(account, Some(id), &mut tx).await?;
-            let used = others.bytes.saturating_add(before.number(beside)?);
+            let kept = sqlx::query(
+                "SELECT 'kept' AS id, CAST(COALESCE(SUM(received_bytes), 0) AS BIGINT) AS bytes
+                 FROM image_partials WHERE image_id = $1",
+            );
+            let kept = kept.bind(id.as_str()).fetch_one(&mut *tx).await?;
+            let kept: u64 = Fields::new("kept", &kept).number("bytes")?;
+            let used = others.bytes.saturating_add(before.number(beside)?).saturating_add(kept);
             if used.saturating_add(asked) > quota.bytes {
                 tx.rollback().await?;
                 return Ok(Err(QuotaExceeded { what: "imageBytes", limit: quota.bytes, used, asked }));

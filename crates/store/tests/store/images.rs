@@ -1,8 +1,11 @@
 //! Images and the default one.
 
-use tiffin_store::{Image, ImageDeleted, ImageQuota, NewImage, QuotaExceeded, Store, StoreError, Upload, Uploaded};
+use tiffin_store::{
+    Image, ImageDeleted, ImageQuota, NewImage, Partial, QuotaExceeded, Store, StoreError, Upload, Uploaded,
+};
 use tiffin_types::{
     id::{AccountId, ImageId},
+    time::Timestamp,
     vm::{VmEvent, VmState},
 };
 
@@ -240,4 +243,52 @@ pub(crate) async fn an_upload_that_has_ended_well_does_not_fail_later(db: Db) {
     store.image_upload_finish(&image.id, Some(&ada.id), &ROOM, &rootfs(2, 1)).await.unwrap().unwrap();
     store.image_upload_failed(&image.id, "nobody works on it").await.unwrap();
     assert_eq!(store.image_get(&ada.id, &image.id).await.unwrap().unwrap().upload_error, None);
+}
+
+pub(crate) async fn what_is_kept_of_uploads_counts_against_the_quota_and_goes_with_the_image(db: Db) {
+    let store = db.open().await;
+    let (ada, bob) = (account(&store, "ada").await, account(&store, "bob").await);
+    let quota = ImageQuota { images: 9, bytes: 100 };
+    let new = |digest| NewImage { size_bytes: 0, digest, ..new_image(Some(&ada.id), 1) };
+    let (one, other) = (store.image_insert(new(None)).await.unwrap(), store.image_insert(new(None)).await.unwrap());
+    let partial = |image: &Image, part| Partial {
+        image_id: image.id.clone(),
+        part,
+        received_bytes: 0,
+        total_bytes: Some(1000),
+        digest: Some(digest(7)),
+        updated_at: Timestamp::now(),
+    };
+    for (image, part) in [(&one, Upload::Rootfs), (&one, Upload::Kernel), (&other, Upload::Kernel)] {
+        store.image_partial_begin(&partial(image, part)).await.unwrap();
+    }
+    let keep = async |image: &Image, part, bytes| {
+        store.image_partial_keep(&image.id, part, Some(&ada.id), &quota, bytes).await.unwrap()
+    };
+    assert!(keep(&one, Upload::Rootfs, 60).await);
+    assert!(keep(&one, Upload::Rootfs, 70).await, "its own former bytes don't count");
+    assert!(!keep(&one, Upload::Kernel, 31).await);
+    assert!(keep(&other, Upload::Kernel, 30).await);
+    assert_eq!(store.image_usage(&ada.id).await.unwrap().bytes, 100);
+    let kept = store.image_partials_of(&ada.id).await.unwrap();
+    let mut bytes: Vec<_> = kept.iter().map(|partial| partial.received_bytes).collect();
+    bytes.sort_unstable();
+    assert_eq!((bytes, kept[0].total_bytes, &kept[0].digest), (vec![30, 70], Some(1000), &Some(digest(7))));
+    assert_eq!(store.image_partials_of(&bob.id).await.unwrap(), []);
+
+    // What becomes whole counts as what it is then, beside what is kept of others.
+    let uploaded = |size_bytes| Uploaded::Rootfs { digest: digest(3), size_bytes, rootfs_bytes: 1 };
+    let over = store.image_upload_finish(&one.id, Some(&ada.id), &quota, &uploaded(71)).await.unwrap().unwrap_err();
+    assert_eq!((over.used, over.asked), (30, 71));
+    assert_eq!(store.image_upload_finish(&one.id, Some(&ada.id), &quota, &uploaded(70)).await.unwrap(), Ok(None));
+    assert_eq!(store.image_partial_get(&one.id, Upload::Rootfs).await.unwrap(), None);
+    let old = store.image_partials_before(Timestamp::now()).await.unwrap();
+    assert_eq!(
+        old.iter().map(|(partial, account)| (&partial.image_id, account.as_ref())).collect::<Vec<_>>(),
+        [(&other.id, Some(&ada.id))]
+    );
+    assert!(matches!(store.image_delete(&other.id).await.unwrap(), ImageDeleted::Deleted(_)));
+    assert_eq!(store.image_usage(&ada.id).await.unwrap().bytes, 70);
+    let gone = store.image_partial_begin(&partial(&other, Upload::Rootfs)).await;
+    assert!(matches!(gone, Err(StoreError::Conflict(_))), "{gone:?}");
 }

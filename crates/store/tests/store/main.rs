@@ -93,6 +93,7 @@ cases! {
         a_shared_image_goes_whoever_chose_it_and_an_own_default_does_not,
         choosing_an_image_that_is_being_deleted_is_no_failure,
         an_upload_that_has_ended_well_does_not_fail_later,
+        what_is_kept_of_uploads_counts_against_the_quota_and_goes_with_the_image,
     }
     vms {
         a_new_vm_reads_back_to_its_own_account_alone,
