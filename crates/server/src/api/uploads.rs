@@ -4,13 +4,17 @@
 use std::sync::Arc;
 
 use axum::{
+    Json,
     body::Bytes,
     extract::{Request, State},
     http::StatusCode,
+    response::{IntoResponse, Response},
 };
 use futures_util::{Stream, StreamExt};
+use serde::Serialize;
 use tiffin_store::Upload;
 use tiffin_types::id::ImageId;
+use utoipa::ToSchema;
 
 use super::{body::RawBody, content_range, request::Id};
 use crate::{
@@ -25,6 +29,15 @@ use crate::{
 /// What uploads are.
 const OCTETS: &str = "application/octet-stream";
 
+/// A piece of a file that has come.
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PieceBody {
+    /// Bytes of the file that are there: the next piece begins there.
+    #[schema(example = 1048576)]
+    received_bytes: u64,
+}
+
 /// Upload an image's filesystem
 ///
 /// The body is an ext4 (or ext2, ext3) filesystem as it is, not compressed and without a partition table. It replaces the
@@ -37,14 +50,14 @@ const OCTETS: &str = "application/octet-stream";
         ("Content-Range" = Option<String>, Header, description = "Which bytes of the file the body has: `bytes FIRST-LAST/TOTAL`; `bytes */TOTAL` with an empty body when all have come"),
         ("Repr-Digest" = Option<String>, Header, description = "The digest of the whole file (RFC 9530), `sha-256=:BASE64:`; a file that has another one is refused")),
     request_body(content = String, content_type = OCTETS),
-    responses((status = 202, description = "The bytes are kept; more are to come"), (status = 204, description = "VMs can be made of it"),
+    responses((status = 202, description = "The bytes are kept; more are to come", body = PieceBody), (status = 204, description = "VMs can be made of it"),
         (status = 408), (status = 409), (status = 422), (status = 429), (status = 503)))]
 pub(crate) async fn image_rootfs_update(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(id): Id<ImageId>,
     request: Request,
-) -> Result<StatusCode, AppError> {
+) -> Result<Response, AppError> {
     update(&app, &caller, &id, Upload::Rootfs, request).await
 }
 
@@ -57,14 +70,14 @@ pub(crate) async fn image_rootfs_update(
         ("Content-Range" = Option<String>, Header, description = "Which bytes of the file the body has: `bytes FIRST-LAST/TOTAL`; `bytes */TOTAL` with an empty body when all have come"),
         ("Repr-Digest" = Option<String>, Header, description = "The digest of the whole file (RFC 9530), `sha-256=:BASE64:`; a file that has another one is refused")),
     request_body(content = String, content_type = OCTETS),
-    responses((status = 202, description = "The bytes are kept; more are to come"), (status = 204, description = "The image has it"),
+    responses((status = 202, description = "The bytes are kept; more are to come", body = PieceBody), (status = 204, description = "The image has it"),
         (status = 408), (status = 409), (status = 422), (status = 429), (status = 503)))]
 pub(crate) async fn image_kernel_update(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(id): Id<ImageId>,
     request: Request,
-) -> Result<StatusCode, AppError> {
+) -> Result<Response, AppError> {
     update(&app, &caller, &id, Upload::Kernel, request).await
 }
 
@@ -74,7 +87,7 @@ async fn update(
     id: &ImageId,
     part: Upload,
     request: Request,
-) -> Result<StatusCode, AppError> {
+) -> Result<Response, AppError> {
     let patience = app.config.http.body_timeout;
     let said = announced(&request);
     // A missing type is let through: what comes is looked at anyway.
@@ -86,8 +99,10 @@ async fn update(
     };
     match admitted {
         Ok(begun) => match image_upload(app, begun, pieces(body)).await? {
-            Outcome::Done => Ok(StatusCode::NO_CONTENT),
-            Outcome::Incomplete => Ok(StatusCode::ACCEPTED),
+            Outcome::Done => Ok(StatusCode::NO_CONTENT.into_response()),
+            Outcome::Incomplete { received_bytes } => {
+                Ok((StatusCode::ACCEPTED, Json(PieceBody { received_bytes })).into_response())
+            }
         },
         Err(error) => {
             body.drain(patience).await;

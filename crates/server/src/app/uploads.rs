@@ -72,8 +72,8 @@ pub(crate) struct Announced {
 pub(crate) enum Outcome {
     /// The image has the part.
     Done,
-    /// More is to come.
-    Incomplete,
+    /// So many bytes of the file are there, and more are to come.
+    Incomplete { received_bytes: u64 },
 }
 
 /// An upload that may begin.
@@ -175,7 +175,7 @@ pub(crate) async fn image_upload<B: AsRef<[u8]> + Send>(
                 // What can't be removed now, the next start removes.
                 let _ = kept::discard(&work, &id, part).await;
             }
-            Ok(Outcome::Incomplete) => paused(&work, &begun).await?,
+            Ok(Outcome::Incomplete { .. }) => paused(&work, &begun).await?,
             Err(error) => failed(&work, &begun, error).await,
         }
         done
@@ -199,10 +199,10 @@ async fn upload<B: AsRef<[u8]>>(
     };
     app.store.image_partial_begin(&partial).await?;
     fault::point("after_upload_begin");
-    let received = receive::receive(app, begun, &kept::file(app, id, begun.part), body).await?;
+    let received_bytes = receive::receive(app, begun, &kept::file(app, id, begun.part), body).await?;
     fault::point("after_upload_received");
-    if begun.total.is_some_and(|total| received < total) {
-        return Ok(Outcome::Incomplete);
+    if begun.total.is_some_and(|total| received_bytes < total) {
+        return Ok(Outcome::Incomplete { received_bytes });
     }
     convert::convert(app, begun).await?;
     Ok(Outcome::Done)

@@ -60,7 +60,8 @@ async fn a_file_may_come_in_pieces_and_what_has_come_outlives_the_server() -> Re
     let (image, file) = (server.image("mine").await?, kernel()?);
     let path = format!("{image}/kernel");
     server.put_part(&path, &file, 0..1000).await?.ok(202);
-    server.put_part(&path, &file, 1000..5000).await?.ok(202);
+    let piece = server.put_part(&path, &file, 1000..5000).await?.ok(202);
+    assert_eq!(piece, json!({ "receivedBytes": 5000 }));
     let now = server.get(&image).await?.ok(200);
     assert_eq!((&now["status"], &now["error"], &now["hasKernel"]), (&json!("incomplete"), &Value::Null, &json!(false)));
     let kept = &now["partialUploads"][0];
