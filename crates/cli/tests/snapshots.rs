@@ -446,9 +446,43 @@ async fn a_guest_whose_pause_failed_after_it_took_effect_goes_on() {
     assert!(host.engine.pause(&id).await.is_err());
     assert_eq!(host.engine.observe(&id).await, Observed::Running);
     assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
+    hide_socket(&host, &id);
     assert!(host.engine.snapshot_save(&id, &SnapshotId::random()).await.is_err());
     assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
     host.engine.destroy(&id).await.unwrap();
+}
+
+/// Gives the sandbox's socket another name, which the engine's tool knows.
+fn hide_socket(host: &Host, id: &VmId) {
+    let pid = monitor_pid(&host.folder(id)).unwrap();
+    let state = PathBuf::from(format!("/proc/{pid}/root{}/mnt/runsc", host.folder(id).display()));
+    fs::rename(state.join("runsc-vm.sock"), state.join("another.sock")).unwrap();
+    let file = state.join("vm_sandbox:vm.state");
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.contains("runsc-vm.sock"));
+    fs::write(&file, text.replace("runsc-vm.sock", "another.sock")).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_socket_is_not_found_is_saved_by_the_tool_alone() {
+    let mut host = Host::new().await;
+    let paused = host.config.data_dir.join("paused");
+    host.config.runsc = engine_that(&host, &format!("case \"$*\" in *' pause '*) touch {};; esac", paused.display()));
+    host.restart().await;
+    let spec = small(&host);
+    let id = host.running_as(spec.clone()).await;
+    sh(&*host.engine, &id, "echo kept > /workspace/file").await;
+    save(&host, &id).await;
+    assert!(!paused.exists(), "the socket is there: the tool isn't needed");
+    hide_socket(&host, &id);
+    let snapshot = save(&host, &id).await;
+    assert!(paused.exists());
+    assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
+    let clone = restored(&host, &spec, &snapshot).await;
+    assert_eq!(sh(&*host.engine, &clone, "cat /workspace/file").await.stdout, "kept\n");
+    for id in [id, clone] {
+        host.engine.destroy(&id).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

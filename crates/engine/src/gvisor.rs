@@ -4,6 +4,8 @@
 //! has a size and outlives a stop. Control groups are joined before `runsc` starts (it would take longer to do it
 //! itself), and the network namespace is given by path.
 
+pub mod control;
+
 use std::{path::Path, process::Command};
 
 use serde_json::{Value, json};

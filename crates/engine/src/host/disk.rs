@@ -6,6 +6,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
+    ops::Range,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::Command,
@@ -102,16 +103,22 @@ fn format(path: &Path, size_mb: u32) -> Result<(), DiskError> {
 pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = OpenOptions::new().write(true).create_new(true).open(to)?;
+    if share_blocks(&source, &target) { Ok(()) } else { copy_data(&source, &target) }
+}
+
+/// Makes `target` what `source` is, by sharing its blocks; false where the host's filesystem can't.
+pub(super) fn share_blocks(source: &File, target: &File) -> bool {
     // SAFETY: FICLONE takes the descriptor of the file to share blocks with.
-    if unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) } == 0 {
-        return Ok(());
-    }
-    let length = source.metadata()?.len();
-    target.set_len(length)?;
-    let mut position: i64 = 0;
-    while let Some((start, end)) = next_data(&source, position)? {
-        copy_range(&source, &target, start, end)?;
-        position = end;
+    unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) == 0 }
+}
+
+/// Copies the data to an empty file, and leaves holes holes.
+pub(super) fn copy_data(source: &File, target: &File) -> io::Result<()> {
+    target.set_len(source.metadata()?.len())?;
+    let mut position = 0;
+    while let Some(data) = data_from(source, position)? {
+        copy_range(source, target, data.clone())?;
+        position = data.end;
     }
     Ok(())
 }
@@ -129,18 +136,15 @@ pub fn copy_seen(from: &Path, to: Option<&Path>, mut seen: impl FnMut(u64, &[u8]
         None => None,
         Some(to) => {
             let target = OpenOptions::new().write(true).create_new(true).open(to)?;
-            // SAFETY: FICLONE takes the descriptor of the file to share blocks with.
-            let shared = unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) } == 0;
+            let shared = share_blocks(&source, &target);
             target.set_len(length)?;
             (!shared).then_some(target)
         }
     };
     let (mut buffer, mut next) = (vec![0; PIECE], 0u64);
-    while let Some((start, end)) = next_data(&source, i64::try_from(next).map_err(io::Error::other)?)? {
-        let (start, end) = (u64::try_from(start), u64::try_from(end));
-        let (start, end) = (start.map_err(io::Error::other)?, end.map_err(io::Error::other)?);
-        next = start - start % PIECE as u64;
-        while next < end {
+    while let Some(data) = data_from(&source, next)? {
+        next = data.start - data.start % PIECE as u64;
+        while next < data.end {
             let want = usize::try_from(length - next).unwrap_or(PIECE).min(PIECE);
             let piece = &mut buffer[..want];
             source.read_exact_at(piece, next)?;
@@ -156,24 +160,24 @@ pub fn copy_seen(from: &Path, to: Option<&Path>, mut seen: impl FnMut(u64, &[u8]
     Ok(())
 }
 
-/// The next run of data at or after `position`.
-fn next_data(file: &File, position: i64) -> io::Result<Option<(i64, i64)>> {
+/// The next run of data at or after `position`; at the end there is none.
+pub(super) fn data_from(file: &File, position: u64) -> io::Result<Option<Range<u64>>> {
     use nix::unistd::{Whence, lseek};
-    let start = match lseek(file, position, Whence::SeekData) {
+    let start = match lseek(file, i64::try_from(position).map_err(io::Error::other)?, Whence::SeekData) {
         Ok(start) => start,
         Err(nix::errno::Errno::ENXIO) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    Ok(Some((start, lseek(file, start, Whence::SeekHole)?)))
+    let end = lseek(file, start, Whence::SeekHole)?;
+    Ok(Some(u64::try_from(start).map_err(io::Error::other)?..u64::try_from(end).map_err(io::Error::other)?))
 }
 
-fn copy_range(source: &File, target: &File, start: i64, end: i64) -> io::Result<()> {
+fn copy_range(source: &File, target: &File, range: Range<u64>) -> io::Result<()> {
     use std::os::unix::fs::FileExt;
     let mut buffer = vec![0; 256 * 1024];
-    let mut at = u64::try_from(start).map_err(io::Error::other)?;
-    let end = u64::try_from(end).map_err(io::Error::other)?;
-    while at < end {
-        let want = usize::try_from(end - at).unwrap_or(buffer.len()).min(buffer.len());
+    let mut at = range.start;
+    while at < range.end {
+        let want = usize::try_from(range.end - at).unwrap_or(buffer.len()).min(buffer.len());
         source.read_exact_at(&mut buffer[..want], at)?;
         target.write_all_at(&buffer[..want], at)?;
         at += want as u64;

@@ -62,6 +62,23 @@ pub fn has_open(guest: Ipv4Addr, guest_v6: Ipv6Addr) -> io::Result<bool> {
     Ok(has_socket_to(&sockets, guest) || has_tracked(&[&guest.octets(), &guest_v6.octets()])?)
 }
 
+/// How many packets have passed so far between the guest and the gateway. Where none has since [`has_open`] looked, no
+/// connection was opened: looking again takes as long as the host's table of connections is large.
+///
+/// # Errors
+/// When the kernel doesn't tell.
+pub fn packets(link: &str) -> io::Result<u64> {
+    let table = fs::read_to_string("/proc/thread-self/net/dev")?;
+    packets_of(&table, link).ok_or_else(|| io::Error::other(format!("no link {link}")))
+}
+
+/// The packets of a line of `/proc/net/dev`: received, and sent.
+fn packets_of(table: &str, link: &str) -> Option<u64> {
+    let line = table.lines().find_map(|line| line.trim_start().strip_prefix(link)?.strip_prefix(':'))?;
+    let field = |at| line.split_whitespace().nth(at)?.parse::<u64>().ok();
+    field(1)?.checked_add(field(9)?)
+}
+
 /// Whether `/proc/net/tcp` shows a socket that is connected to `guest`.
 fn has_socket_to(table: &str, guest: Ipv4Addr) -> bool {
     let wanted = format!("{:08X}:", u32::from(guest).swap_bytes());
@@ -246,6 +263,14 @@ mod tests {
         let last = |interrupted| Answer::Last(Dumped { open: false, interrupted });
         assert_eq!(read_answer(&done(0x2), &[]).unwrap(), last(false));
         assert_eq!(read_answer(&done(0x2 | DUMP_INTERRUPTED), &[]).unwrap(), last(true));
+    }
+
+    #[test]
+    fn packets_are_counted_both_ways() {
+        let table = "Inter-|   Receive  |  Transmit\n face |bytes    packets errs\n    lo:       9       9    0    0    0     0          0         0        9       9    0    0    0     0       0          0\n   gw0:     270       3    0    0    0     0          0         0      520       4    0    0    0     0       0          0\n";
+        assert_eq!(packets_of(table, "gw0"), Some(7));
+        assert_eq!(packets_of(table, "gw"), None);
+        assert_eq!(packets_of("", "gw0"), None);
     }
 
     #[test]

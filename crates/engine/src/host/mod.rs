@@ -9,6 +9,7 @@ pub mod disk;
 pub mod dns;
 pub mod filter;
 pub mod flows;
+pub mod live_copy;
 pub mod mount;
 pub mod network;
 pub mod process;

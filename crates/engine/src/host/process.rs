@@ -2,11 +2,13 @@
 
 use std::{
     io::{self, Read, Write},
+    os::fd::{AsFd, FromRawFd, OwnedFd},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 /// The longest that a host tool (`ip`, `nft`, `mke2fs`) may take before it is killed.
@@ -117,7 +119,7 @@ pub fn run_within(mut command: Command, input: &str, within: Duration) -> Result
     let writer = std::thread::spawn(move || stdin.as_mut().map(|pipe| pipe.write_all(input.as_bytes())));
     let stdout = collect(child.stdout.take());
     let stderr = collect(child.stderr.take());
-    let status = wait_until(&mut child, Instant::now() + within)
+    let status = wait_or_kill(&mut child, Instant::now() + within)
         .map_err(|source| ToolError::Start { tool: tool.clone(), source })?
         .ok_or_else(|| ToolError::TimedOut { tool: tool.clone(), within })?;
     let _ = writer.join();
@@ -140,19 +142,46 @@ fn collect(pipe: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<
 }
 
 /// Waits for a child's end, and kills it at the deadline (`None`).
-fn wait_until(child: &mut Child, deadline: Instant) -> io::Result<Option<std::process::ExitStatus>> {
-    let mut pause = Duration::from_micros(200);
+fn wait_or_kill(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+    let ended = wait_until(child, deadline)?;
+    if ended.is_none() {
+        child.kill()?;
+        child.wait()?;
+    }
+    Ok(ended)
+}
+
+/// Waits for a child's end; `None` when it hasn't come by the deadline.
+///
+/// # Errors
+/// The kernel's.
+pub fn wait_until(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+    let process = open_process(child.id())?;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if Instant::now() >= deadline {
-            child.kill()?;
-            child.wait()?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
             return Ok(None);
         }
-        std::thread::sleep(pause);
-        pause = (pause * 3 / 2).min(Duration::from_millis(20));
+        // It is readable once the process has ended. What is rounded down is looked at once more.
+        let timeout = PollTimeout::try_from(left.max(Duration::from_millis(1))).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// A descriptor of a child that hasn't been waited for.
+fn open_process(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) gives a new descriptor that nobody else owns, or -1, which is checked.
+    unsafe {
+        match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
+            fd if fd >= 0 => Ok(OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?)),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 

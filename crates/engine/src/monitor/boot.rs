@@ -40,6 +40,7 @@ use crate::{
         dns, filter, flows,
         mount::{mount_disk, mount_overlay},
         network::{self, Uplink},
+        process::wait_until,
     },
 };
 
@@ -98,12 +99,14 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
         // What waits at the gate holds a copy of every descriptor that was open at its fork. A tool's pipe among them
         // would never end for the tool: none may be open before.
         let _ = File::from(forked).read(&mut [0]);
+        // From here on the guest may get to write to its disk, which then no longer is that of its saved memory.
+        let forgotten = scope.spawn(|| forget_restore(vm).map_err(|e| step("forgetting the saved memory", e)));
         let prepared = prepare(vm, scope);
+        let forgotten = join(forgotten);
         let mut opener = File::from(opener);
         let opened = prepared
             .and_then(|()| if vm.stop_requested() { Err("stopped while starting".into()) } else { Ok(()) })
-            // From here on the guest may write to its disk, which then no longer is that of its saved memory.
-            .and_then(|()| forget_restore(vm).map_err(|e| step("forgetting the saved memory", e)))
+            .and(forgotten)
             .and_then(|()| opener.write_all(b"g").map_err(|e| step("opening the gate", e)));
         reached("everything prepared");
         // The engine waits at the gate: closed without a word, it gives up.
@@ -118,8 +121,8 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
     wait_for_launcher(vm, &mut child, deadline)?;
     reached("engine launched");
     if let Some(saved) = restore {
-        forget_memory(&vm.folder).map_err(|e| step("removing the saved memory", e))?;
         rename_guest(vm, saved.token.clone(), deadline)?;
+        forget_memory(&vm.folder).map_err(|e| step("removing the saved memory", e))?;
     }
     if vm.stop_requested() {
         // Whoever asked may have killed everything a moment before there was anything to kill.
@@ -361,18 +364,13 @@ fn rename_guest(vm: &Arc<Vm>, old_token: String, deadline: Instant) -> Step<()> 
 
 /// The launcher ends once the sandbox runs; it leaves its reason on standard error, which is the console's.
 fn wait_for_launcher(vm: &Vm, child: &mut Child, deadline: Instant) -> Step<()> {
-    let mut pause = Duration::from_micros(500);
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) if status.success() => return Ok(()),
-            Ok(Some(status)) => return Err(format!("runsc ended with {status}; the console has its words")),
-            Ok(None) if Instant::now() >= deadline => {
-                vm.decide_end(EndReason::BootTimeout, "the engine was not up in time");
-                return Err("runsc took too long".into());
-            }
-            Ok(None) => thread::sleep(pause),
-            Err(error) => return Err(step("waiting for runsc", error)),
+    match wait_until(child, deadline) {
+        Ok(Some(status)) if status.success() => Ok(()),
+        Ok(Some(status)) => Err(format!("runsc ended with {status}; the console has its words")),
+        Ok(None) => {
+            vm.decide_end(EndReason::BootTimeout, "the engine was not up in time");
+            Err("runsc took too long".into())
         }
-        pause = (pause * 5 / 4).min(Duration::from_millis(5));
+        Err(error) => Err(step("waiting for runsc", error)),
     }
 }

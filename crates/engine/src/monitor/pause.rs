@@ -1,4 +1,5 @@
-//! Pausing the guest and letting it go on, by the engine's tool.
+//! Pausing the guest and letting it go on, by the engine's tool; for a moment ([`hold`]) by the sandbox's own socket, which
+//! takes no time, where it is there.
 //!
 //! A tool that fails may have done its work before. So what holds is found out: a guest whose agent answers runs. One that
 //! neither runs nor can be made to is ended: it must not stand still for ever, shown as running.
@@ -9,7 +10,10 @@ use tiffin_types::vm::EndReason;
 
 use super::{agent, state::Vm};
 use crate::{
-    gvisor,
+    gvisor::{
+        self,
+        control::{self, ControlError},
+    },
     host::process::{self, ToolError},
 };
 
@@ -36,13 +40,70 @@ pub(super) fn resume(vm: &Vm, within: Duration) -> Result<(), ToolError> {
     }
 }
 
-/// Lets a guest go on that ran before, or ends it.
-pub(super) fn go_on_or_end(vm: &Vm, within: Duration) {
+/// By what a guest stands still. The tool keeps its own account of what it paused, so the same lets it go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Held {
+    BySocket,
+    ByTool,
+}
+
+/// Has a guest that runs stand still, for a moment: [`let_go`] must follow. When it fails, the guest runs, or has been
+/// ended; the text is for the engine's log.
+pub(super) fn hold(vm: &Vm) -> Result<Held, String> {
+    match vm.with_paths(|paths| control::pause(paths.state, QUICK)) {
+        Ok(()) => Ok(Held::BySocket),
+        // Nothing was done: a release that has another socket, or other words.
+        Err(error @ (ControlError::Unreached(_) | ControlError::Refused(_))) => {
+            vm.engine_log.line(format!("{error}: its tool pauses the guest instead"));
+            pause(vm).map(|()| Held::ByTool).map_err(|e| e.to_string())
+        }
+        Err(error @ ControlError::Unclear(_)) => {
+            if !agent::answers(vm) {
+                let_go(vm, Held::BySocket, QUICK);
+            }
+            Err(error.to_string())
+        }
+    }
+}
+
+/// Lets a guest go on that was held, or ends it.
+pub(super) fn let_go(vm: &Vm, held: Held, within: Duration) {
+    match held {
+        Held::ByTool => go_on_or_end(vm, within),
+        Held::BySocket => {
+            if let Err(error) = resume_by_socket(vm, within) {
+                end(vm, &error.to_string());
+            }
+        }
+    }
+}
+
+/// It is asked once: a pause and a resume are counted, and one resume too many is the sandbox's end.
+fn resume_by_socket(vm: &Vm, within: Duration) -> Result<(), ControlError> {
+    let resume = || vm.with_paths(|paths| control::resume(paths.state, within));
+    let resumed = match resume() {
+        Err(ControlError::Unreached(_)) => resume(),
+        resumed => resumed,
+    };
+    match resumed {
+        Err(_) if agent::answers(vm) => Ok(()),
+        resumed => resumed,
+    }
+}
+
+/// Lets a guest go on that the tool has paused, or ends it.
+fn go_on_or_end(vm: &Vm, within: Duration) {
     let resumed = match resume(vm, within) {
         Err(ToolError::Start { .. } | ToolError::Failed { .. }) => resume(vm, within),
         resumed => resumed,
     };
-    let Err(error) = resumed else { return };
+    if let Err(error) = resumed {
+        end(vm, &error.to_string());
+    }
+}
+
+/// Ends a guest that can't go on.
+fn end(vm: &Vm, error: &str) {
     vm.errors.line(format!("the guest doesn't go on: {error}"));
     if vm.stop_requested() {
         // It ends by itself, or by whoever asked: that is its end's reason.

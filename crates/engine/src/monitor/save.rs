@@ -1,7 +1,7 @@
 //! Saving the guest: its memory and CPU state by the engine, its disk as a copy, of one and the same moment.
 //!
 //! ```text
-//!   no open connections -> pause -> checkpoint -> settle the disk -> copy it -> resume
+//!   copy the disk -> no open connections -> hold -> checkpoint -> settle the disk -> bring the copy up to date -> let go
 //! ```
 //!
 //! The guest stands still from before the checkpoint until the disk is copied, so memory and disk belong together: the
@@ -26,7 +26,9 @@ use super::{
 use crate::{
     gvisor,
     host::{
-        disk, flows, mount, network,
+        flows,
+        live_copy::LiveCopy,
+        mount, network,
         process::{self, ToolError},
     },
 };
@@ -52,6 +54,13 @@ enum Failed {
     Host(String),
 }
 
+/// What took how long while the guest stood still.
+struct Took {
+    still: Duration,
+    checkpoint: Duration,
+    disk: Duration,
+}
+
 /// Saves into the folder `into`, which is there and empty, unless `given_up` while it does.
 pub(super) fn save(vm: &Vm, into: &Path, given_up: impl Fn() -> bool) -> Reply {
     let _alone = vm.tools.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,9 +70,11 @@ pub(super) fn save(vm: &Vm, into: &Path, given_up: impl Fn() -> bool) -> Reply {
     }
     let save = Save { vm, was, into, given_up: &given_up };
     match save.run() {
-        Ok(paused) => {
-            vm.engine_log.line(format!("saved; it stood still for {} ms", paused.as_millis()));
-            Reply::Saved { paused_us: u64::try_from(paused.as_micros()).unwrap_or(u64::MAX) }
+        Ok(Took { still, checkpoint, disk }) => {
+            let [all, checkpoint, disk] = [still, checkpoint, disk].map(|took| took.as_secs_f64() * 1e3);
+            vm.engine_log
+                .line(format!("saved; it stood still for {all:.1} ms (memory {checkpoint:.1}, disk {disk:.1})"));
+            Reply::Saved { paused_us: u64::try_from(still.as_micros()).unwrap_or(u64::MAX) }
         }
         Err(Failed::Unsavable(what)) => Reply::Unsavable { what },
         Err(Failed::Full) => Reply::Full,
@@ -87,37 +98,44 @@ struct Save<'a> {
 }
 
 impl Save<'_> {
-    /// For how long the guest stood still.
-    fn run(&self) -> Result<Duration, Failed> {
+    fn run(&self) -> Result<Took, Failed> {
         self.wait_quiet()?;
+        // The guest may write meanwhile: what it wrote is copied again, and the less that is, the shorter it stands still.
+        let disk = self.vm.scratch("disk");
+        mount::settle(&disk).map_err(host("writing the disk"))?;
+        let copy = LiveCopy::begin(&self.vm.folder.join(DISK), &disk, &self.into.join(DISK));
+        let copy = copy.map_err(host("copying the disk"))?;
+        let quiet_since = self.wait_quiet()?;
         let begun = Instant::now();
-        if self.was == Phase::Running {
-            pause::pause(self.vm).map_err(|e| Failed::Host(e.to_string()))?;
+        if self.was == Phase::Paused {
+            return self.save(copy, quiet_since, begun);
         }
-        let copied = self.copy();
-        if self.was == Phase::Running {
-            // A checkpoint whose tool was killed may go on in the engine, which resumes nothing before it is done.
-            let within = match &copied {
-                Err(Failed::TimedOut { within, .. }) => *within,
-                _ => pause::QUICK,
-            };
-            pause::go_on_or_end(self.vm, within);
-        }
-        copied.map(|()| begun.elapsed())
+        let held = pause::hold(self.vm).map_err(Failed::Host)?;
+        let saved = self.save(copy, quiet_since, begun);
+        // A checkpoint whose tool was killed may go on in the engine, which resumes nothing before it is done.
+        let within = match &saved {
+            Err(Failed::TimedOut { within, .. }) => *within,
+            _ => pause::QUICK,
+        };
+        pause::let_go(self.vm, held, within);
+        saved.map(|took| Took { still: begun.elapsed(), ..took })
     }
 
-    /// Waits until the guest has no connection to anybody outside; a dial that comes later waits until the guest is saved.
-    fn wait_quiet(&self) -> Result<(), Failed> {
+    /// Waits until the guest has no connection to anybody outside, and gives the packets that had passed before that was
+    /// seen. A dial that comes later waits until the guest is saved.
+    fn wait_quiet(&self) -> Result<u64, Failed> {
         let deadline = Instant::now() + QUIET;
-        self.go_on()?;
-        while self.is_busy()? {
+        loop {
+            self.go_on()?;
+            let packets = packets()?;
+            if !self.is_busy()? {
+                return Ok(packets);
+            }
             if Instant::now() >= deadline {
                 return Err(Failed::Unsavable(Unsavable::OpenConnection));
             }
             thread::sleep(LOOK);
-            self.go_on()?;
         }
-        Ok(())
     }
 
     /// Whether the next step is still wanted.
@@ -131,23 +149,30 @@ impl Save<'_> {
         Ok(busy && self.vm.phase() != Phase::Ended)
     }
 
-    fn copy(&self) -> Result<(), Failed> {
+    /// Saves a guest that stands still since `begun`, and had no connection when `quiet_since` packets had passed.
+    fn save(&self, copy: LiveCopy, quiet_since: u64, begun: Instant) -> Result<Took, Failed> {
         let memory = self.into.join(MEMORY);
         fs::create_dir(&memory).map_err(host("making a folder"))?;
         {
             let _no_dials = self.vm.dials.write().unwrap_or_else(PoisonError::into_inner);
             // A paused guest opens nothing. What came in the moment before would not survive the attempt.
-            if self.is_busy()? {
+            if packets()? != quiet_since && self.is_busy()? {
                 return Err(Failed::Unsavable(Unsavable::OpenConnection));
             }
             self.go_on()?;
             checkpoint(self.vm, &memory)?;
         }
+        let (checkpoint, saved) = (begun.elapsed(), Instant::now());
         self.go_on()?;
         mount::settle(&self.vm.scratch("disk")).map_err(host("writing the disk"))?;
         self.go_on()?;
-        disk::copy_sparse(&self.vm.folder.join(DISK), &self.into.join(DISK)).map_err(host("copying the disk"))
+        copy.finish().map_err(host("copying the disk"))?;
+        Ok(Took { still: begun.elapsed(), checkpoint, disk: saved.elapsed() })
     }
+}
+
+fn packets() -> Result<u64, Failed> {
+    flows::packets(network::GATEWAY_LINK).map_err(host("looking at the packets"))
 }
 
 fn checkpoint(vm: &Vm, memory: &Path) -> Result<(), Failed> {
