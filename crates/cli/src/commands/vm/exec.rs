@@ -64,20 +64,30 @@ pub(crate) async fn run(client: &Client, args: &ExecArgs) -> Result<ExitCode, Fa
     let path = format!("/v1/vms/{}/exec", args.id);
     let limit = args.timeout.unwrap_or(Duration::from_millis(limits::EXEC_TIMEOUT_MS_DEFAULT)) + GRACE;
     let call = Call { body: Some(&body), limit, ..Call::new(Method::POST, &path) };
-    if args.json {
-        let result = client.json(call).await?;
-        output::json(&result)?;
-        return exit_code(&result);
+    carry_out(client, call, args.json).await
+}
+
+/// Makes a call that runs something. Its output is passed on as it comes and its result printed last, or the API's JSON is
+/// printed alone; the exit code is what it ended with.
+pub(super) async fn carry_out(client: &Client, call: Call<'_>, json: bool) -> Result<ExitCode, Failure> {
+    if json {
+        let end = client.json(call).await?;
+        output::json(&end)?;
+        return exit_code(&end);
     }
     let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("text/event-stream"))]);
     let answer = client.send(Call { headers, ..call }).await?;
-    let result = pass_on(client, answer).await?;
-    tell_flags(&result)?;
-    exit_code(&result)
+    let end = pass_on(client, answer).await?;
+    // A program's; a command has none.
+    if let Some(result) = end.get("result") {
+        output::print(&format!("{result}\n"))?;
+    }
+    tell_flags(&end)?;
+    exit_code(&end)
 }
 
 /// Says what an exit code doesn't.
-pub(super) fn tell_flags(result: &Value) -> Result<(), Failure> {
+fn tell_flags(result: &Value) -> Result<(), Failure> {
     for (flag, note) in [("truncated", "the output was cut at the server's limit"), ("timedOut", "time limit reached")]
     {
         if result.get(flag) == Some(&Value::Bool(true)) {
@@ -102,7 +112,7 @@ fn body(args: &ExecArgs) -> Value {
 }
 
 /// Writes the stream's output where it belongs until its last event, which it returns.
-pub(super) async fn pass_on(client: &Client, mut answer: Response) -> Result<Value, Failure> {
+async fn pass_on(client: &Client, mut answer: Response) -> Result<Value, Failure> {
     let mut parser = Parser::default();
     while let Some(chunk) = client.chunk(&mut answer).await? {
         for event in parser.push(&chunk).map_err(|error| Failure::Exchange(error.to_string()))? {

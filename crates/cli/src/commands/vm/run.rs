@@ -9,18 +9,14 @@ use std::{
 
 use anyhow::Context;
 use clap::Args;
-use reqwest::{
-    Method,
-    header::{ACCEPT, HeaderMap, HeaderValue},
-};
+use reqwest::Method;
 use serde_json::{Value, json};
 use tiffin_types::{id::VmId, limits};
 
-use super::exec::{GRACE, env_pair, exit_code, pass_on, seconds, tell_flags};
+use super::exec::{GRACE, carry_out, env_pair, seconds};
 use crate::{
     client::{Call, Client},
     failure::Failure,
-    output,
 };
 
 #[derive(Debug, Args)]
@@ -63,19 +59,7 @@ pub(crate) async fn run(client: &Client, args: &RunArgs) -> Result<ExitCode, Fai
     }
     let limit = args.timeout.unwrap_or(Duration::from_millis(limits::EXEC_TIMEOUT_MS_DEFAULT)) + GRACE;
     let call = Call { body: Some(&body), limit, ..Call::new(Method::POST, &path) };
-    if args.json {
-        let result = client.json(call).await?;
-        output::json(&result)?;
-        return exit_code(&result);
-    }
-    let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("text/event-stream"))]);
-    let answer = client.send(Call { headers, ..call }).await?;
-    let end = pass_on(client, answer).await?;
-    if let Some(result) = end.get("result") {
-        output::print(&format!("{result}\n"))?;
-    }
-    tell_flags(&end)?;
-    exit_code(&end)
+    carry_out(client, call, args.json).await
 }
 
 fn runtime(args: &RunArgs) -> Result<&'static str, Failure> {
