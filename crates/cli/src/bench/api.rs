@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tiffin_types::id::VmId;
 
 use crate::{
-    client::{Call, Client, sse::Parser},
+    client::{Call, Client, query, sse::Parser},
     failure::Failure,
     output::field,
 };
@@ -113,6 +113,23 @@ impl Api {
             bail!("the program failed: {result}");
         }
         Ok(time)
+    }
+
+    /// Unpacks an archive into a folder of a VM.
+    pub(super) async fn upload(&self, id: &VmId, folder: &str, archive: Vec<u8>) -> anyhow::Result<Duration> {
+        let path = query(&format!("/v1/vms/{id}/files/upload"), &[("dest", folder)]);
+        let start = Instant::now();
+        self.client.pass(Call::new(Method::POST, &path), "application/gzip", archive.into()).await?;
+        Ok(start.elapsed())
+    }
+
+    /// Packs a folder of a VM.
+    pub(super) async fn download(&self, id: &VmId, folder: &str) -> anyhow::Result<(Duration, Vec<u8>)> {
+        let path = query(&format!("/v1/vms/{id}/files/download"), &[("path", folder)]);
+        let start = Instant::now();
+        let answer = self.client.send(Call::new(Method::GET, &path)).await?;
+        let archive = self.client.body(answer).await?;
+        Ok((start.elapsed(), archive))
     }
 
     /// Saves a running VM: the snapshot's id, and how long the VM stood still where the server tells it

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -52,6 +52,14 @@ pub(super) fn processes() -> Vec<Process> {
         Some(Process { pid, args })
     })
     .collect()
+}
+
+/// The monitor of a VM, which holds its namespaces, and the VM's folder.
+pub(super) fn monitor_of(id: &VmId) -> Option<(i32, PathBuf)> {
+    processes().into_iter().filter(|process| process.is_tiffin("monitor")).find_map(|process| {
+        let folder = Path::new(process.args.get(2)?);
+        folder.ends_with(id.as_str()).then(|| (process.pid, folder.to_owned()))
+    })
 }
 
 /// A process's memory; `None` when it is gone or not ours to see.

@@ -10,6 +10,7 @@ mod api;
 mod burst;
 mod density;
 mod exec;
+mod files;
 mod host;
 mod pool;
 mod raw;
@@ -83,6 +84,8 @@ enum Which {
     Snapshot,
     /// A TypeScript program in a running VM
     Script,
+    /// A folder into a VM and out of it
+    Files,
     /// Many creates at once
     Burst,
     /// Memory of many running VMs
@@ -91,7 +94,8 @@ enum Which {
 
 impl Which {
     /// What is measured when nothing is chosen: all that wants a server without a pool.
-    const USUAL: [Which; 6] = [Which::Tti, Which::Exec, Which::Snapshot, Which::Script, Which::Burst, Which::Density];
+    const USUAL: [Which; 7] =
+        [Which::Tti, Which::Exec, Which::Snapshot, Which::Script, Which::Files, Which::Burst, Which::Density];
 
     fn name(self) -> &'static str {
         match self {
@@ -100,6 +104,7 @@ impl Which {
             Which::Exec => "exec",
             Which::Snapshot => "snapshot",
             Which::Script => "script",
+            Which::Files => "files",
             Which::Burst => "burst",
             Which::Density => "density",
         }
@@ -167,6 +172,7 @@ async fn measure(bench: &Bench, which: Which) -> Result<Scenario, Failure> {
             Which::Exec => exec::run(bench).await,
             Which::Snapshot => snapshot::run(bench).await,
             Which::Script => script::run(bench).await,
+            Which::Files => files::run(bench).await,
             Which::Burst => burst::run(bench).await,
             Which::Density => density::run(bench).await,
         }

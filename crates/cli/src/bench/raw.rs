@@ -8,6 +8,7 @@
 //! and `runsc` takes that for the host's network.
 
 mod snapshot;
+mod tar;
 
 use std::{
     cell::{Cell, RefCell},
@@ -23,6 +24,7 @@ use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, process::Command, time::timeout};
 
 use super::BenchArgs;
+pub(super) use tar::Tar;
 
 /// Bound on every call of `runsc`.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
