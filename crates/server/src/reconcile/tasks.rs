@@ -25,7 +25,7 @@ pub(crate) fn spawn_all(app: &Arc<App>) {
     spawn(app, pool::keep_filled);
     spawn(app, prepared::keep_prepared);
     spawn(app, |app| periodically(app, every, reconcile));
-    spawn(app, |app| periodically(app, PRUNE_EVERY, prune));
+    spawn(app, prune_now_and_then);
 }
 
 fn spawn<F>(app: &Arc<App>, task: impl FnOnce(Arc<App>) -> F)
@@ -63,6 +63,12 @@ async fn reconcile(app: Arc<App>) {
     if let Err(error) = reconcile_all(&app).await {
         tracing::error!(error = error.inside(), "VMs can't be reconciled now");
     }
+}
+
+/// At start too: a server that is started anew more often would never come to it.
+async fn prune_now_and_then(app: Arc<App>) {
+    prune(Arc::clone(&app)).await;
+    periodically(app, PRUNE_EVERY, prune).await;
 }
 
 async fn prune(app: Arc<App>) {

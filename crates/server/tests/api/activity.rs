@@ -4,7 +4,11 @@ use anyhow::{Context, Result};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tiffin_engine::fake::Script;
-use tiffin_types::vm::{EndReason, EndReport};
+use tiffin_store::{Activity, Performer, PerformerKind};
+use tiffin_types::{
+    time::Timestamp,
+    vm::{EndReason, EndReport},
+};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::{
@@ -350,5 +354,41 @@ async fn streams_are_bounded_a_place_comes_free_and_a_shutdown_ends_them() -> Re
     server.stop().await;
     let mut rest = again.context("a stream")?.response;
     while let Ok(Some(_)) = rest.chunk().await {}
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_forgets_what_is_too_old_or_too_much_and_nothing_else() -> Result<()> {
+    let mut server = Server::start_with(&[("activity.kept_days", "10"), ("activity.kept_entries", "100")]).await?;
+    let now = Timestamp::now();
+    let days_ago = |days: i64| now.plus_millis(-days * 24 * 3600 * 1000);
+    let entry = |number: usize, at: Timestamp, is_lasting: bool| Activity {
+        // Older than any that the server writes now.
+        id: format!("{number:026}"),
+        at,
+        event: "vm_create".into(),
+        actor: Performer { kind: PerformerKind::Anonymous, id: None, name: None },
+        account_id: None,
+        target: None,
+        status: Some(201),
+        request_id: None,
+        peer: None,
+        details: None,
+        is_lasting,
+    };
+    let mut all = vec![entry(1, days_ago(11), true), entry(2, days_ago(9), true), entry(3, days_ago(11), false)];
+    all.extend((4..=120).map(|number| entry(number, days_ago(9), false)));
+    server.store.journal_write(&all, &[], 10).await?;
+    server.restart().await?;
+    let left = async || {
+        let left = server.store.activity_list(1000, None).await?;
+        let left: Vec<usize> = left.iter().filter_map(|entry| entry.id.parse().ok()).collect();
+        anyhow::Ok(left)
+    };
+    until("the first is forgotten", async || Ok(!left().await?.contains(&1))).await?;
+    let left = left().await?;
+    assert!(left.contains(&2), "what lasts isn't crowded out");
+    assert!(!left.contains(&3), "it is too old: {left:?}");
+    assert!(!left.contains(&20) && left.contains(&60) && left.contains(&120), "the newest hundred are kept: {left:?}");
     Ok(())
 }
