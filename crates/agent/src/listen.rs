@@ -38,7 +38,7 @@ pub fn bind(port: u16) -> io::Result<TcpListener> {
 
 fn bind_one(family: AddressFamily, address: &impl SockaddrLike) -> nix::Result<TcpListener> {
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)?;
-    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    // Not to be used again: gVisor would let root in the guest listen on one of the addresses then, in the agent's place.
     if family == AddressFamily::Inet6 {
         setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
     }

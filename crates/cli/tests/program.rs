@@ -263,3 +263,39 @@ async fn a_root_program_can_neither_command_the_agent_nor_do_more_than_end_its_o
     assert_eq!(end.reason, EndReason::AgentLost, "{}", end.message);
     assert!(end.message.contains("root"), "{}", end.message);
 }
+
+/// A VM that was prepared and waits costs no CPU; a save of one needs its sandbox, and leaves it as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sandbox_of_a_vm_that_stands_still_is_stopped_too() {
+    let host = Host::new().await;
+    let spec = host.spec();
+    let id = host.running_as(spec.clone()).await;
+    let is_stopped = || {
+        let sandboxes = harness::engine_pids(&host.folder(&id), "runsc-sandbox");
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", sandboxes[0])).unwrap();
+        stat.rsplit_once(") ").unwrap().1.starts_with('T')
+    };
+    for _ in 0..3 {
+        assert!(!is_stopped());
+        host.engine.pause(&id).await.unwrap();
+        assert!(is_stopped());
+        host.engine.resume(&id).await.unwrap();
+        assert_eq!(sh(&*host.engine, &id, "echo on").await.stdout, "on\n");
+    }
+    sh(&*host.engine, &id, "echo kept > /dev/shm/kept").await;
+    host.engine.pause(&id).await.unwrap();
+    let snapshot = SnapshotId::random();
+    host.engine.snapshot_save(&id, &snapshot).await.unwrap();
+    assert!(is_stopped());
+    assert_eq!(host.engine.observe(&id).await, Observed::Paused);
+    let copy = VmSpec { id: VmId::random(), ..spec };
+    host.engine.create_from(&copy, &snapshot).await.unwrap();
+    host.engine.start(&copy.id).await.unwrap();
+    host.engine.resume(&id).await.unwrap();
+    for vm in [&id, &copy.id] {
+        assert_eq!(sh(&*host.engine, vm, "cat /dev/shm/kept").await.stdout, "kept\n");
+    }
+    host.engine.pause(&id).await.unwrap();
+    harness::kill_sandbox(&host.folder(&id));
+    assert_eq!(next_end(&host).await.report.reason, EndReason::EngineLost, "killed while it is stopped");
+}

@@ -62,6 +62,7 @@ pub(super) fn boot(vm: &Arc<Vm>) -> Result<Pid, EndReport> {
         vm.verdict().unwrap_or_else(|| report(vm, EndReason::BootFailed, "the engine could not start the VM"))
     };
     let sandbox = start(vm, begun, deadline).map_err(failed)?;
+    let _ = vm.sandbox.set(sandbox);
     let watched = Arc::clone(vm);
     let watch = move || match watched.wait_while(Phase::Starting, Some(deadline)) {
         Some(Phase::Running | Phase::Paused) => {

@@ -26,7 +26,6 @@ use super::{
     pause, program, save,
     state::{Vm, Waiter},
 };
-use crate::host::process::ToolError;
 
 /// Connections at once.
 const MAX_CONNECTIONS: usize = 256;
@@ -270,7 +269,7 @@ fn freeze(
     connection: &mut UnixStream,
     from: Phase,
     to: Phase,
-    change: impl FnOnce(&Vm) -> Result<(), ToolError>,
+    change: impl FnOnce(&Vm) -> Result<(), String>,
 ) -> io::Result<()> {
     let _alone = vm.tools.lock().unwrap_or_else(PoisonError::into_inner);
     let phase = vm.phase();
@@ -289,7 +288,7 @@ fn freeze(
             say(connection, &Reply::Done)
         }
         Err(error) => {
-            vm.errors.line(error.to_string());
+            vm.errors.line(error);
             refuse(connection, "the engine could not do it")
         }
     }

@@ -1,11 +1,16 @@
-//! Pausing the guest and letting it go on, by the engine's tool; for a moment ([`hold`]) by the sandbox's own socket, which
-//! takes no time, where it is there.
+//! Pausing the guest and letting it go on: by the sandbox's own socket, which takes no time, or by the engine's tool where that
+//! isn't there.
+//!
+//! A guest that is held ([`hold`]) stands still for a moment. One that is paused may stand still for days: its sandbox, which
+//! would wake a thousand times a second to see that there is nothing to do, is stopped as well. Whatever needs the sandbox
+//! meanwhile wakes it ([`Awake`]); the guest goes on standing still.
 //!
 //! A tool that fails may have done its work before. So what holds is found out: a guest whose agent answers runs. One that
 //! neither runs nor can be made to is ended: it must not stand still for ever, shown as running.
 
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
 use tiffin_types::vm::EndReason;
 
 use super::{agent, state::Vm};
@@ -20,8 +25,51 @@ use crate::{
 /// How long the tool has for one that isn't busy.
 pub(super) const QUICK: Duration = Duration::from_secs(20);
 
-/// Pauses a guest that runs. When it fails, the guest runs, or has been ended.
-pub(super) fn pause(vm: &Vm) -> Result<(), ToolError> {
+/// Pauses a guest that runs, for as long as it may be. When it fails, the guest runs, or has been ended.
+pub(super) fn pause(vm: &Vm) -> Result<(), String> {
+    vm.set_held(Some(hold(vm)?));
+    signal(vm, Signal::SIGSTOP);
+    Ok(())
+}
+
+/// Lets a paused guest go on. When it fails, nothing is known to have changed.
+pub(super) fn resume(vm: &Vm, within: Duration) -> Result<(), String> {
+    signal(vm, Signal::SIGCONT);
+    let resumed = match vm.held() {
+        Some(Held::BySocket) => resume_by_socket(vm, within).map_err(|e| e.to_string()),
+        Some(Held::ByTool) | None => resume_by_tool(vm, within).map_err(|e| e.to_string()),
+    };
+    if resumed.is_ok() {
+        vm.set_held(None);
+    }
+    resumed
+}
+
+/// The sandbox of a paused guest, awake until this is dropped.
+pub(super) struct Awake<'a>(&'a Vm);
+
+impl<'a> Awake<'a> {
+    /// Wakes it.
+    pub(super) fn of(vm: &'a Vm) -> Self {
+        signal(vm, Signal::SIGCONT);
+        Self(vm)
+    }
+}
+
+impl Drop for Awake<'_> {
+    fn drop(&mut self) {
+        signal(self.0, Signal::SIGSTOP);
+    }
+}
+
+/// To the sandbox alone. One that isn't known yet, or is gone, needs none.
+fn signal(vm: &Vm, signal: Signal) {
+    if let Some(sandbox) = vm.sandbox.get() {
+        let _ = kill(*sandbox, signal);
+    }
+}
+
+fn pause_by_tool(vm: &Vm) -> Result<(), ToolError> {
     let paused = process::run_within(vm.with_paths(gvisor::pause), "", QUICK);
     if let Err(error) = &paused
         && !matches!(error, ToolError::Start { .. })
@@ -32,8 +80,7 @@ pub(super) fn pause(vm: &Vm) -> Result<(), ToolError> {
     paused.map(drop)
 }
 
-/// Lets a paused guest go on. When it fails, nothing is known to have changed.
-pub(super) fn resume(vm: &Vm, within: Duration) -> Result<(), ToolError> {
+fn resume_by_tool(vm: &Vm, within: Duration) -> Result<(), ToolError> {
     match process::run_within(vm.with_paths(gvisor::resume), "", within) {
         Err(_) if agent::answers(vm) => Ok(()),
         resumed => resumed.map(drop),
@@ -55,7 +102,7 @@ pub(super) fn hold(vm: &Vm) -> Result<Held, String> {
         // Nothing was done: a release that has another socket, or other words.
         Err(error @ (ControlError::Unreached(_) | ControlError::Refused(_))) => {
             vm.engine_log.line(format!("{error}: its tool pauses the guest instead"));
-            pause(vm).map(|()| Held::ByTool).map_err(|e| e.to_string())
+            pause_by_tool(vm).map(|()| Held::ByTool).map_err(|e| e.to_string())
         }
         Err(error @ ControlError::Unclear(_)) => {
             if !agent::answers(vm) {
@@ -93,8 +140,8 @@ fn resume_by_socket(vm: &Vm, within: Duration) -> Result<(), ControlError> {
 
 /// Lets a guest go on that the tool has paused, or ends it.
 fn go_on_or_end(vm: &Vm, within: Duration) {
-    let resumed = match resume(vm, within) {
-        Err(ToolError::Start { .. } | ToolError::Failed { .. }) => resume(vm, within),
+    let resumed = match resume_by_tool(vm, within) {
+        Err(ToolError::Start { .. } | ToolError::Failed { .. }) => resume_by_tool(vm, within),
         resumed => resumed,
     };
     if let Err(error) = resumed {

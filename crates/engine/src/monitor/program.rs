@@ -28,7 +28,10 @@ pub(super) fn start(vm: &Vm) -> Reply {
         return Reply::Refused { message: "the VM has no program".into() };
     };
     match agent::start_program(vm, program) {
-        Ok(Answer::Done) => Reply::Done,
+        Ok(Answer::Done) => {
+            vm.engine_log.line("the program runs");
+            Reply::Done
+        }
         Ok(Answer::Failed(failed)) => {
             vm.decide(report(&failed));
             Reply::ProgramFailed

@@ -108,6 +108,7 @@ impl Save<'_> {
         let quiet_since = self.wait_quiet()?;
         let begun = Instant::now();
         if self.was == Phase::Paused {
+            let _awake = pause::Awake::of(self.vm);
             return self.save(copy, quiet_since, begun);
         }
         let held = pause::hold(self.vm).map_err(Failed::Host)?;

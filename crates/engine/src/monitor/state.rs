@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::unistd::Pid;
 use tiffin_types::{
     network::EgressPolicy,
     vm::{EndReason, EndReport},
@@ -23,6 +24,7 @@ use super::{
     launch::{Launch, LogKeep, Phase, SCRATCH},
     log::Log,
     output::Output,
+    pause::Held,
 };
 use crate::{
     LogKind,
@@ -61,6 +63,10 @@ pub(super) struct Vm {
     owes_news: AtomicBool,
     /// Names are served from the first time that something is allowed.
     pub(super) resolver: OnceLock<()>,
+    /// The sandbox's process, once it runs.
+    pub(super) sandbox: OnceLock<Pid>,
+    /// By what a paused guest stands still.
+    held: Mutex<Option<Held>>,
     /// Held by whoever pauses, resumes, saves or changes the guest's network: one at a time.
     pub(super) tools: Mutex<()>,
     /// Held while a connection into the guest is made (read), and while there must be none (write).
@@ -104,6 +110,8 @@ impl Vm {
             reach: Mutex::new(Reach { egress: launch.spec.egress.clone(), uplink: launch.uplink }),
             owes_news: AtomicBool::new(false),
             resolver: OnceLock::new(),
+            sandbox: OnceLock::new(),
+            held: Mutex::default(),
             tools: Mutex::default(),
             dials: RwLock::default(),
             engine_log: log(LogKind::Engine),
@@ -167,6 +175,14 @@ impl Vm {
 
     pub(super) fn owe_news(&self, owes: bool) {
         self.owes_news.store(owes, Ordering::SeqCst);
+    }
+
+    pub(super) fn held(&self) -> Option<Held> {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_held(&self, held: Option<Held>) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
     }
 
     pub(super) fn phase(&self) -> Phase {
