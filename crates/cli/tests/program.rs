@@ -278,7 +278,7 @@ async fn the_sandbox_of_a_vm_that_stands_still_is_stopped_too() {
     for _ in 0..3 {
         assert!(!is_stopped());
         host.engine.pause(&id).await.unwrap();
-        assert!(is_stopped());
+        eventually("it is stopped", async || is_stopped()).await;
         host.engine.resume(&id).await.unwrap();
         assert_eq!(sh(&*host.engine, &id, "echo on").await.stdout, "on\n");
     }
@@ -286,7 +286,7 @@ async fn the_sandbox_of_a_vm_that_stands_still_is_stopped_too() {
     host.engine.pause(&id).await.unwrap();
     let snapshot = SnapshotId::random();
     host.engine.snapshot_save(&id, &snapshot).await.unwrap();
-    assert!(is_stopped());
+    eventually("it is stopped", async || is_stopped()).await;
     assert_eq!(host.engine.observe(&id).await, Observed::Paused);
     let copy = VmSpec { id: VmId::random(), ..spec };
     host.engine.create_from(&copy, &snapshot).await.unwrap();
