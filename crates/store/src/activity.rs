@@ -6,7 +6,7 @@
 use sqlx::{AnyConnection, any::AnyRow};
 use tiffin_types::{id::AccountId, time::Timestamp};
 
-use crate::{Store, StoreError, exec_logs, row::Fields};
+use crate::{Store, StoreError, exec_logs, row::Fields, webhooks};
 
 /// Something that was done or happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,7 +88,7 @@ macro_rules! columns {
 }
 
 impl Store {
-    /// Writes entries down, all or none. Written again, an entry changes nothing. Of a VM's runs the newest `runs_kept` stay.
+    /// Writes entries down, with what webhooks are to be told of them, all or none. Written again, an entry changes nothing. Of a VM's runs the newest `runs_kept` stay.
     pub async fn journal_write(
         &self,
         activity: &[Activity],
@@ -100,10 +100,14 @@ impl Store {
         }
         let mut tx = self.pool.begin().await?;
         for entry in activity {
-            insert(entry, &mut tx).await?;
+            let is_new = insert(entry, &mut tx).await?;
+            if let Some(event) = webhooks::Event::of_activity(entry).filter(|_| is_new) {
+                webhooks::emit(&event, &mut tx).await?;
+            }
         }
         exec_logs::insert_all(runs, runs_kept, &mut tx).await?;
         tx.commit().await?;
+        self.outbox.notify_one();
         Ok(())
     }
 
@@ -148,8 +152,9 @@ impl Store {
     }
 }
 
-async fn insert(entry: &Activity, tx: &mut AnyConnection) -> Result<(), StoreError> {
-    sqlx::query(concat!(
+/// Writes an entry; whether it wasn't there.
+async fn insert(entry: &Activity, tx: &mut AnyConnection) -> Result<bool, StoreError> {
+    let done = sqlx::query(concat!(
         "INSERT INTO activity (",
         columns!(),
         ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) ON CONFLICT DO NOTHING"
@@ -169,7 +174,7 @@ async fn insert(entry: &Activity, tx: &mut AnyConnection) -> Result<(), StoreErr
     .bind(i64::from(entry.is_lasting))
     .execute(tx)
     .await?;
-    Ok(())
+    Ok(done.rows_affected() == 1)
 }
 
 fn activity_from(row: &AnyRow) -> Result<Activity, StoreError> {

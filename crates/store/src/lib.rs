@@ -1,4 +1,4 @@
-//! All of Tiffin's SQL: accounts, users and their sessions, API keys, images, VMs, snapshots and idempotency keys, in SQLite
+//! All of Tiffin's SQL: accounts, users and their sessions, API keys, images, VMs, snapshots, idempotency keys and webhooks, in SQLite
 //! or Postgres.
 //!
 //! Invariants: one SQL text serves both databases; every operation is one statement or one transaction, and no
@@ -23,6 +23,7 @@ mod snapshots;
 mod users;
 mod vms;
 mod watch;
+mod webhooks;
 
 pub use accounts::{Account, NewAdminKey};
 pub use activity::{Activity, Performer, PerformerKind};
@@ -37,10 +38,20 @@ pub use sessions::Session;
 pub use snapshots::{Forked, NewFork, NewSnapshot, Snapshot, SnapshotInserted};
 pub use users::User;
 pub use vms::{Change, Desired, Inserted, NewVm, Reserve, Vm, VmCursor, VmFilter};
+pub use webhooks::{
+    Attempt, Claimed, Delivery, DeliveryState, DisabledReason, NewWebhook, Redelivery, Settled, Verdict, Webhook,
+    WebhookChange, WebhookTarget,
+};
+
+use std::sync::Arc;
+
+use tokio::sync::Notify;
 
 /// The database. Cheap to clone: clones share one bounded pool of connections.
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: sqlx::AnyPool,
     watch: watch::Watch,
+    /// Notified when something may be there to deliver to webhooks.
+    outbox: Arc<Notify>,
 }

@@ -71,7 +71,7 @@ impl Store {
             .connect_with(options)
             .await?;
         MIGRATIONS.run(&pool).await.map_err(StoreError::unavailable)?;
-        Ok(Store { pool, watch: crate::watch::Watch::default() })
+        Ok(Store { pool, watch: crate::watch::Watch::default(), outbox: Default::default() })
     }
 
     /// Whether the database answers, within 10 s.

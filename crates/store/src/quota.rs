@@ -13,10 +13,10 @@ use tiffin_types::{
 use crate::{Store, StoreError, row::Fields};
 
 /// Which part of a quota something doesn't fit in. If several, the first in the order vms, cpus, memMb, diskMb.
-/// How many snapshots there may be is no part of an account's own quota, and is told alike.
+/// How many snapshots or webhooks there may be is no part of an account's own quota, and is told alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuotaExceeded {
-    /// `vms`, `cpus`, `memMb`, `diskMb` or `snapshots`.
+    /// `vms`, `cpus`, `memMb`, `diskMb`, `snapshots` or `webhooks`.
     pub what: &'static str,
     /// The quota, in that unit.
     pub limit: u64,

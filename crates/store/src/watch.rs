@@ -31,6 +31,12 @@ impl Watch {
 }
 
 impl Store {
+    /// Tells of a change of a VM's state that is committed, with what is to be delivered of it.
+    pub(crate) fn moved(&self, vm: &Vm) {
+        self.watch.tell(vm);
+        self.outbox.notify_one();
+    }
+
     /// From now on `watcher`, and nobody who was named before, is told of each change of a VM's state that this store or a
     /// clone of it commits. It must not block.
     pub fn watch_vms(&self, watcher: impl Fn(&Vm) + Send + Sync + 'static) {

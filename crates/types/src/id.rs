@@ -91,6 +91,18 @@ text_id!(
     UserId, "a user id: user- and 14 hexadecimal digits", "user-", |rest| is_hex(rest, 14)
 );
 text_id!(
+    /// A webhook: `whk-` and 14 lower-case hexadecimal digits.
+    WebhookId, "a webhook id: whk- and 14 hexadecimal digits", "whk-", |rest| is_hex(rest, 14)
+);
+text_id!(
+    /// One event for one webhook: `dlv-` and 14 lower-case hexadecimal digits.
+    DeliveryId, "a delivery id: dlv- and 14 hexadecimal digits", "dlv-", |rest| is_hex(rest, 14)
+);
+text_id!(
+    /// An event that webhooks are told of: `evt-` and 14 lower-case hexadecimal digits.
+    EventId, "an event id: evt- and 14 hexadecimal digits", "evt-", |rest| is_hex(rest, 14)
+);
+text_id!(
     /// The SHA-256 of a blob's bytes: `sha256:` and 64 lower-case hexadecimal digits, as OCI writes digests.
     Digest, "a digest: sha256: and 64 hexadecimal digits", "sha256:", |rest| is_hex(rest, 64)
 );
@@ -111,7 +123,8 @@ macro_rules! random_id {
         }
     )*};
 }
-random_id!(VmId: "vm-", SnapshotId: "snap-", AccountId: "acc-", ApiKeyId: "key-", UserId: "user-");
+random_id!(VmId: "vm-", SnapshotId: "snap-", AccountId: "acc-", ApiKeyId: "key-", UserId: "user-", WebhookId: "whk-", DeliveryId: "dlv-",
+    EventId: "evt-");
 
 impl VmId {
     /// The 14 hexadecimal digits without the prefix: what host objects (cgroups, interfaces) are named after.

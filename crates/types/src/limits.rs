@@ -76,6 +76,18 @@ pub const PROGRAM_ENV_VARS_MAX: usize = 1024;
 pub const PROGRAM_USER_BYTES: usize = 256;
 /// What a VM's program may take as JSON: it has to fit into one request to the guest's agent.
 pub const PROGRAM_JSON_BYTES: usize = 1_000_000;
+/// Length of a webhook's URL, in bytes.
+pub const WEBHOOK_URL_BYTES: RangeInclusive<usize> = 1..=2048;
+/// Event types that a webhook may name.
+pub const WEBHOOK_EVENT_TYPES: RangeInclusive<usize> = 1..=100;
+/// How long what is delivered is signed with the secret before, too, in seconds.
+pub const WEBHOOK_OVERLAP_S: RangeInclusive<u64> = 0..=604_800;
+/// The same, when the request doesn't say.
+pub const WEBHOOK_OVERLAP_S_DEFAULT: u64 = 86_400;
+/// Deliveries of one answer.
+pub const WEBHOOK_DELIVERIES: RangeInclusive<u32> = 1..=200;
+/// The same, when the request doesn't say.
+pub const WEBHOOK_DELIVERIES_DEFAULT: u32 = 50;
 /// Processes and threads that a guest may have at once.
 pub const GUEST_PIDS: u32 = 1024;
 

@@ -15,7 +15,7 @@ use super::{NewSnapshot, insert, transition};
 use crate::{
     Idempotency, NewVm, QuotaExceeded, Store, StoreError, Vm,
     idempotency::{self, Known},
-    quota, vms,
+    quota, vms, webhooks,
 };
 
 /// What a fork is to make: one or more VMs of one account and size, all of that snapshot.
@@ -98,8 +98,11 @@ impl Store {
             tx.rollback().await?;
             return Ok(None);
         }
+        for vm in &running {
+            webhooks::emit(&webhooks::Event::of_vm(vm), &mut tx).await?;
+        }
         tx.commit().await?;
-        running.iter().for_each(|vm| self.watch.tell(vm));
+        running.iter().for_each(|vm| self.moved(vm));
         Ok(Some(running))
     }
 

@@ -14,6 +14,7 @@ use crate::{
     idempotency::{self, Known},
     quota,
     row::returned,
+    webhooks,
 };
 
 impl Store {
@@ -57,10 +58,14 @@ impl Store {
         let inserted = insert_checked(new, state, quota, idempotency, &mut tx).await?;
         match inserted {
             Inserted::New(ref vm) => {
-                tx.commit().await?;
                 // One that was booted ahead is RUNNING from the beginning.
-                if vm.state != VmState::Created {
-                    self.watch.tell(vm);
+                let has_moved = vm.state != VmState::Created;
+                if has_moved {
+                    webhooks::emit(&webhooks::Event::of_vm(vm), &mut tx).await?;
+                }
+                tx.commit().await?;
+                if has_moved {
+                    self.moved(vm);
                 }
             }
             Inserted::Replay(_) | Inserted::KeyReused | Inserted::OverQuota(_) => tx.rollback().await?,

@@ -9,7 +9,7 @@ use tiffin_types::{
 };
 
 use super::{Change, Desired, Reserve, Vm, json, provision_mode_name, vm_from};
-use crate::{Store, StoreError, quota, row::returned};
+use crate::{Store, StoreError, quota, row::returned, webhooks};
 
 impl Store {
     /// Takes a VM from `from` to where `event` leads, with what else changes; the VM as it is then, or `None` when it
@@ -24,9 +24,15 @@ impl Store {
         event: VmEvent,
         change: Change,
     ) -> Result<Option<Vm>, StoreError> {
-        let moved = transition(id, from, event, &change, &self.pool).await?;
-        moved.iter().for_each(|vm| self.watch.tell(vm));
-        Ok(moved)
+        let mut tx = self.pool.begin().await?;
+        let Some(vm) = transition(id, from, event, &change, &mut *tx).await? else {
+            tx.rollback().await?;
+            return Ok(None);
+        };
+        webhooks::emit(&webhooks::Event::of_vm(&vm), &mut tx).await?;
+        tx.commit().await?;
+        self.moved(&vm);
+        Ok(Some(vm))
     }
 
     /// Takes a VM from `from` to STARTING, desired to be running and its last end forgotten, if its vCPUs and memory fit
@@ -42,8 +48,9 @@ impl Store {
         let used = quota::usage(&vm.account_id, Some(&vm.id), &mut *tx).await?;
         match quota::check_start(quota, &used, &vm.size) {
             Ok(()) => {
+                webhooks::emit(&webhooks::Event::of_vm(&vm), &mut tx).await?;
                 tx.commit().await?;
-                self.watch.tell(&vm);
+                self.moved(&vm);
                 Ok(Reserve::Reserved(vm))
             }
             Err(exceeded) => {

@@ -19,6 +19,7 @@ mod snapshots;
 mod sqlite_only;
 mod users;
 mod vms;
+mod webhooks;
 
 use fixtures::Db;
 
@@ -107,6 +108,18 @@ cases! {
         a_vm_needs_an_account_and_a_free_id,
         what_a_vm_serves_reads_back_and_a_cached_one_is_made_to_be_down,
         pages_tell_every_vm_once_whatever_is_made_meanwhile,
+    }
+    webhooks {
+        a_webhook_reads_back_changes_and_is_its_accounts_own,
+        of_webhooks_made_at_once_as_many_as_allowed_are,
+        the_secret_before_is_good_for_a_time,
+        a_vms_state_and_its_deliveries_are_written_together,
+        an_entry_of_the_journal_is_delivered_once_however_often_it_is_written,
+        what_is_claimed_is_nobody_elses_until_the_lease_is_over,
+        a_delivery_is_tried_until_it_is_settled_and_can_be_asked_for_again,
+        a_webhook_that_fails_for_too_long_or_is_gone_is_disabled,
+        those_with_the_least_under_way_come_first_and_the_busy_not_at_all,
+        old_deliveries_are_forgotten_and_those_of_webhooks_that_are_gone,
     }
     quota {
         of_32_inserts_at_once_exactly_the_quota_succeeds,
