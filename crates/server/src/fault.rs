@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 static ARMED: OnceLock<String> = OnceLock::new();
 
 /// Every point, in the order in which a VM's life passes them.
-pub const POINTS: [&str; 26] = [
+pub const POINTS: [&str; 28] = [
     "after_vm_insert",
     "after_start_intent",
     "after_engine_create",
@@ -40,6 +40,9 @@ pub const POINTS: [&str; 26] = [
     "after_upload_received",
     "after_upload_converted",
     "after_image_delete",
+    // A delivery to a webhook.
+    "after_delivery_claim",
+    "before_delivery_settle",
 ];
 
 /// Arms the point with this name, for the rest of the process's life.

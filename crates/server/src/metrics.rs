@@ -41,6 +41,7 @@ fn make() -> PrometheusHandle {
     );
     describe_gauge!("tiffin_pool_vms", "VMs that are booted ahead and ready.");
     describe_counter!("tiffin_journal_lost_total", "Times that entries of the audit trail or of exec logs were lost.");
+    describe_counter!("tiffin_webhook_deliveries_total", "Attempts to deliver to webhooks, by what came of them.");
     describe_gauge!("tiffin_build_info", "Always 1; the version is in the label.");
     gauge!("tiffin_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     handle
@@ -103,6 +104,11 @@ pub(crate) fn vm_start(outcome: &'static str, took: Duration) {
 /// A VM's run ended.
 pub(crate) fn vm_end(reason: &'static str) {
     counter!("tiffin_vm_ends_total", "reason" => reason).increment(1);
+}
+
+/// A delivery to a webhook was tried.
+pub(crate) fn delivery(outcome: &'static str) {
+    counter!("tiffin_webhook_deliveries_total", "outcome" => outcome).increment(1);
 }
 
 /// Entries of the journal could not be written.

@@ -22,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     api,
-    app::{App, images::Images, journal::Entry},
+    app::{App, images::Images, journal::Entry, webhooks},
     config::Config,
     error::{AppError, chain},
     fault, metrics,
@@ -45,6 +45,9 @@ pub enum ServeError {
     /// The folder of images can't be used.
     #[error("can't open the images")]
     Images(#[from] tiffin_image::blob::BlobError),
+    /// The certificates of additional authorities can't be used.
+    #[error(transparent)]
+    Authorities(#[from] webhooks::BadAuthorities),
 }
 
 /// Serves the API on `listener` until `shutdown` is cancelled; then requests in flight have the configured grace, and
@@ -64,7 +67,8 @@ pub async fn serve(
         fault::arm(point);
     }
     let images = Images::open(&config, converter)?;
-    let app = App::new(config, engine, store, images, metrics::install(), shutdown.clone());
+    let outbound = webhooks::client(&config.webhooks)?;
+    let app = App::new(config, engine, store, images, outbound, metrics::install(), shutdown.clone());
     let (writers, stop_writing) = (TaskTracker::new(), CancellationToken::new());
     let (writer, stop) = (Arc::clone(&app), stop_writing.clone());
     writers.spawn(async move { writer.journal.write(&writer.store, writer.config.exec.logs_kept, stop).await });

@@ -21,6 +21,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("images", "Images", include_str!("../../../../docs/user/images.md")),
     ("errors", "Errors", include_str!("../../../../docs/user/errors.md")),
     ("admin", "Administration", include_str!("../../../../docs/user/admin.md")),
+    ("webhooks", "Webhooks", include_str!("../../../../docs/user/webhooks.md")),
     ("snapshots", "Snapshots", include_str!("../../../../docs/user/snapshots.md")),
     ("networking", "Networking", include_str!("../../../../docs/user/networking.md")),
     ("cli", "Command line", include_str!("../../../../docs/user/cli.md")),

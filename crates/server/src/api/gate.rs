@@ -75,20 +75,9 @@ impl Gate {
     /// The gate before the operations of that document.
     pub(super) fn new(app: Arc<App>, document: &OpenApi) -> Self {
         let mut operations = HashMap::new();
-        for (route, item) in &document.paths.paths {
-            let methods = [
-                (Method::GET, &item.get),
-                (Method::POST, &item.post),
-                (Method::PUT, &item.put),
-                (Method::PATCH, &item.patch),
-                (Method::DELETE, &item.delete),
-            ];
-            for (method, described) in methods {
-                let Some(id) = described.as_ref().and_then(|described| described.operation_id.clone()) else {
-                    continue;
-                };
-                operations.insert((route.clone(), method.clone()), Operation::new(id, route, &method));
-            }
+        for (route, method, id) in described(document) {
+            let operation = Operation::new(id, &route, &method);
+            operations.insert((route, method), operation);
         }
         Self { app, operations }
     }
@@ -98,6 +87,28 @@ impl Gate {
         let method = if request.method() == Method::HEAD { Method::GET } else { request.method().clone() };
         self.operations.get(&(route, method))
     }
+}
+
+/// Every operation of a document that has an id: route, method, id.
+fn described(document: &OpenApi) -> impl Iterator<Item = (String, Method, String)> {
+    document.paths.paths.iter().flat_map(|(route, item)| {
+        let methods = [
+            (Method::GET, &item.get),
+            (Method::POST, &item.post),
+            (Method::PUT, &item.put),
+            (Method::PATCH, &item.patch),
+            (Method::DELETE, &item.delete),
+        ];
+        methods
+            .into_iter()
+            .filter_map(|(method, described)| Some((route.clone(), method, described.as_ref()?.operation_id.clone()?)))
+    })
+}
+
+/// The ids of the operations that the audit trail notes.
+pub(super) fn noted(document: &OpenApi) -> Vec<String> {
+    let operations = described(document).map(|(route, method, id)| Operation::new(id, &route, &method));
+    operations.filter(|operation| operation.is_noted).map(|operation| operation.id).collect()
 }
 
 impl Operation {

@@ -28,6 +28,7 @@ mod timing;
 mod uploads;
 mod vm_logs;
 mod vms;
+mod webhooks;
 
 pub use openapi::document as openapi_document;
 pub(crate) use request::{Peer, Place};

@@ -27,6 +27,7 @@ use crate::error::{ErrorBody, FieldError};
         (name = "Files", description = "Files of VMs, below /workspace"),
         (name = "Images", description = "What VMs are made of"),
         (name = "Administration", description = "Accounts and API keys; needs the scope admin"),
+        (name = "Webhooks", description = "Telling other programs of what happens; needs the scope admin"),
         (name = "Sessions", description = "Logging in with a password, for people at a browser"),
         (name = "Server", description = "The server itself; needs no key")
     ),
@@ -36,7 +37,7 @@ pub(super) struct Base;
 
 const SCHEME: &str = "apiKey";
 /// Operations that do with no body: none of its fields must be there.
-const OPTIONAL_BODIES: [&str; 1] = ["snapshot_create"];
+const OPTIONAL_BODIES: [&str; 2] = ["snapshot_create", "webhook_rotate"];
 const SESSION: &str = "session";
 
 /// The whole document, as `/openapi.json` serves it.

@@ -11,7 +11,7 @@ use axum::{
     extract::{FromRequestParts, Path, Query},
     http::{HeaderMap, request::Parts},
 };
-use tiffin_types::id::{AccountId, ApiKeyId, ImageId, SnapshotId, VmId};
+use tiffin_types::id::{AccountId, ApiKeyId, ImageId, SnapshotId, VmId, WebhookId};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::sessions;
@@ -88,6 +88,9 @@ impl Noun for ApiKeyId {
 }
 impl Noun for ImageId {
     const NOUN: &'static str = "image";
+}
+impl Noun for WebhookId {
+    const NOUN: &'static str = "webhook";
 }
 impl Noun for AccountId {
     const NOUN: &'static str = "account";

@@ -9,7 +9,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
     accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, layer, openapi,
-    overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms,
+    overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
 };
 use crate::{app::App, error::AppError};
 
@@ -49,6 +49,12 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(overview::overview_get))
         .routes(routes!(activity::activity_list))
         .routes(routes!(events::event_list))
+        .routes(routes!(webhooks::webhook_create, webhooks::webhook_list))
+        .routes(routes!(webhooks::webhook_get, webhooks::webhook_update, webhooks::webhook_delete))
+        .routes(routes!(webhooks::webhook_rotate))
+        .routes(routes!(webhooks::webhook_test))
+        .routes(routes!(webhooks::webhook_delivery_list))
+        .routes(routes!(webhooks::webhook_delivery_retry))
         .routes(routes!(sessions::session_create))
         .routes(routes!(sessions::session_delete))
         .routes(routes!(sessions::session_get))

@@ -27,6 +27,7 @@ pub(crate) mod snapshots;
 pub(crate) mod terminal;
 pub(crate) mod uploads;
 pub(crate) mod vms;
+pub(crate) mod webhooks;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, sync::Mutex, time::Instant};
 
@@ -62,6 +63,8 @@ pub(crate) struct App {
     pub(crate) snapshot_locks: Locks<SnapshotId>,
     /// Bounds how often a caller may do what is costly.
     pub(crate) rates: Rates,
+    /// What deliveries of webhooks are sent by.
+    pub(crate) outbound: tiffin_outbound::Client,
     /// What is written down of all this.
     pub(crate) journal: Journal,
     /// Bounds how many watch the journal at once.
@@ -90,6 +93,7 @@ impl App {
         engine: Arc<dyn Engine>,
         store: Store,
         images: images::Images,
+        outbound: tiffin_outbound::Client,
         metrics: PrometheusHandle,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
@@ -112,6 +116,7 @@ impl App {
             engine,
             store,
             images,
+            outbound,
             metrics,
             shutdown,
         })

@@ -10,9 +10,9 @@ mod sources;
 use std::{net::IpAddr, net::SocketAddr, path::Path, time::Duration};
 
 use camino::Utf8PathBuf;
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use tiffin_store::ImageQuota;
-use tiffin_types::{account::Quota, limits, vm::EngineName};
+use tiffin_types::{account::Quota, limits, network::parse_allow_entry, vm::EngineName};
 
 pub use keys::{Allowed, KEYS, Key, document};
 pub use sources::{ConfigError, Origin};
@@ -66,6 +66,8 @@ pub struct Config {
     pub activity: ActivityConfig,
     /// Sessions.
     pub session: SessionConfig,
+    /// Webhooks and deliveries to them.
+    pub webhooks: WebhooksConfig,
     /// What the first administrator logs in with.
     pub admin_email: String,
     /// Images and uploads to them.
@@ -290,6 +292,37 @@ pub struct ImagesConfig {
     pub quota: ImageQuota,
 }
 
+/// Webhooks and deliveries to them.
+#[derive(Debug, Clone)]
+pub struct WebhooksConfig {
+    /// Webhooks of one account.
+    pub per_account: u32,
+    /// Whether plain HTTP is fine.
+    pub allow_http: bool,
+    /// Networks that aren't public and may be delivered to.
+    pub allow_networks: Vec<IpNet>,
+    /// Certificates of further authorities.
+    pub ca_file: Option<Utf8PathBuf>,
+    /// For the connection of an attempt.
+    pub connect_timeout: Duration,
+    /// For an attempt.
+    pub timeout: Duration,
+    /// Between attempts.
+    pub retry_delays: Vec<Duration>,
+    /// How long everything must have failed until a webhook is disabled.
+    pub disable_after: Duration,
+    /// Attempts at once.
+    pub in_flight: usize,
+    /// Attempts at once for one webhook.
+    pub in_flight_each: u32,
+    /// Bytes of an answer that are read.
+    pub response_bytes: usize,
+    /// How long deliveries are remembered.
+    pub kept: Duration,
+    /// Deliveries remembered of each webhook.
+    pub kept_deliveries: u64,
+}
+
 /// Networks of VMs.
 #[derive(Debug, Clone)]
 pub struct NetworkConfig {
@@ -423,6 +456,25 @@ impl Config {
                 idle: Duration::from_secs(values.integer("session.idle_s")?),
                 max: Duration::from_secs(values.integer("session.max_s")?),
             },
+            webhooks: WebhooksConfig {
+                per_account: values.small("webhooks.per_account")?,
+                allow_http: values.one_of("webhooks.allow_http")? == "true",
+                allow_networks: values
+                    .optional("webhooks.allow_networks", |text| {
+                        text.split(',').map(|net| parse_allow_entry(net.trim()).ok()).collect()
+                    })?
+                    .unwrap_or_default(),
+                ca_file: values.optional_path("webhooks.ca_file")?,
+                connect_timeout: values.millis("webhooks.connect_timeout_ms")?,
+                timeout: values.millis("webhooks.timeout_ms")?,
+                retry_delays: values.with("webhooks.retry_delays_s", retry_delays)?,
+                disable_after: Duration::from_secs(values.integer("webhooks.disable_after_s")?),
+                in_flight: values.count("webhooks.in_flight")?,
+                in_flight_each: values.small("webhooks.in_flight_each")?,
+                response_bytes: values.count("webhooks.response_bytes")?,
+                kept: Duration::from_secs(values.integer("webhooks.kept_days")? * 24 * 3600),
+                kept_deliveries: values.integer("webhooks.kept_deliveries")?,
+            },
             admin_email: values.with("admin.email", crate::app::sessions::email_form)?,
             images: ImagesConfig {
                 max_rootfs_bytes: values.integer("images.max_rootfs_bytes")?,
@@ -481,6 +533,12 @@ fn domain(text: &str) -> Option<String> {
         (1..=63).contains(&label.len()) && inner && !label.starts_with('-') && !label.ends_with('-')
     };
     (text.len() <= 220 && text.split('.').all(is_label)).then(|| text.to_owned())
+}
+
+fn retry_delays(text: &str) -> Option<Vec<Duration>> {
+    let seconds = |word: &str| word.trim().parse().ok().filter(|seconds| *seconds <= 604_800);
+    let delays: Vec<u64> = text.split(',').map(seconds).collect::<Option<_>>()?;
+    (delays.len() <= 30).then(|| delays.into_iter().map(Duration::from_secs).collect())
 }
 
 fn uplink(values: &Values) -> Result<Ipv4Net, ConfigError> {

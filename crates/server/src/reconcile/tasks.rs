@@ -8,12 +8,14 @@ use tokio::time::MissedTickBehavior;
 use super::images::{settle_uploads, sweep_blobs};
 use super::vms::{end_noticed, reconcile_all, settle_starting};
 use crate::{
-    app::{App, images::leaving, pool, prepared, sessions},
+    app::{App, images::leaving, pool, prepared, sessions, webhooks},
     error::chain,
 };
 
 /// Between two prunings of what is remembered for a time only, and of blobs.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
+/// Between two prunings of what was delivered to webhooks: there may be much of it.
+const DELIVERIES_EVERY: Duration = Duration::from_secs(60);
 /// How long an idempotency key is remembered.
 const KEYS_KEPT_MS: i64 = 24 * 3600 * 1000;
 
@@ -24,6 +26,8 @@ pub(crate) fn spawn_all(app: &Arc<App>) {
     spawn(app, settle_starting);
     spawn(app, pool::keep_filled);
     spawn(app, prepared::keep_prepared);
+    spawn(app, webhooks::deliver);
+    spawn(app, |app| periodically(app, DELIVERIES_EVERY, prune_deliveries));
     spawn(app, |app| periodically(app, every, reconcile));
     spawn(app, prune_now_and_then);
 }
@@ -69,6 +73,15 @@ async fn reconcile(app: Arc<App>) {
 async fn prune_now_and_then(app: Arc<App>) {
     prune(Arc::clone(&app)).await;
     periodically(app, PRUNE_EVERY, prune).await;
+}
+
+async fn prune_deliveries(app: Arc<App>) {
+    let config = &app.config.webhooks;
+    let kept = i64::try_from(config.kept.as_millis()).unwrap_or(i64::MAX);
+    let pruned = app.store.webhook_prune(Timestamp::now().plus_millis(-kept), config.kept_deliveries).await;
+    if let Err(error) = pruned {
+        tracing::error!(error = chain(&error), "deliveries of webhooks can't be pruned now");
+    }
 }
 
 async fn prune(app: Arc<App>) {

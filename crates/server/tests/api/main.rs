@@ -26,3 +26,4 @@ mod uploads;
 mod vm_create;
 mod vm_fork;
 mod vms;
+mod webhooks;

@@ -37,10 +37,11 @@ pub(crate) fn unknown_id(path: &str) -> String {
         _ if path.starts_with("/v1/snapshots/") => "snap-00000000000000",
         _ if path.starts_with("/v1/images/") => "01JD4W5C1QZX6M0V5K2B8N7T3A",
         _ if path.starts_with("/v1/admin/accounts/") => "acc-00000000000000",
+        _ if path.starts_with("/v1/admin/webhooks/") => "whk-00000000000000",
         _ if path.starts_with("/v1/admin/api-keys/") => "key-00000000000000",
         _ => panic!("tell this test what {path} is about"),
     };
-    path.replace("{id}", id)
+    path.replace("{id}", id).replace("{delivery}", "dlv-00000000000000")
 }
 
 /// A query that the operation takes.
@@ -70,6 +71,9 @@ pub(crate) fn good_body(id: &str) -> Value {
         "account_create" => json!({ "name": "x" }),
         "account_update" => json!({ "quota": { "vms": 1, "cpus": 1, "memMb": 1, "diskMb": 1 } }),
         "session_create" => json!({ "email": "x@y", "password": "x" }),
+        "webhook_create" => json!({ "name": "x", "url": "https://hooks.example.com/" }),
+        "webhook_update" => json!({ "enabled": true }),
+        "webhook_rotate" => json!({ "overlapSeconds": 60 }),
         "api_key_create" => json!({ "name": "x", "scopes": ["read"] }),
         _ => panic!("tell this test a body for {id}"),
     }
@@ -94,7 +98,7 @@ fn every_operation_has_an_id_a_summary_and_a_schema_for_each_answer() -> Result<
         let id = spec["operationId"].as_str().with_context(|| format!("{method} {path}"))?;
         let verbs = [
             "create", "list", "get", "update", "delete", "start", "stop", "pause", "resume", "fork", "revoke", "run",
-            "upload", "download", "open", "destroy", "cache",
+            "upload", "download", "open", "destroy", "cache", "rotate", "test", "retry",
         ];
         assert!(verbs.contains(&id.rsplit('_').next().unwrap()), "{id} is no <noun>_<verb>");
         assert!(spec["summary"].is_string(), "{id}");
