@@ -4,7 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     bench,
-    commands::{account, admin, completion, config, doctor, host, image, key, serve, snapshot, vm},
+    commands::{account, admin, completion, config, doctor, host, image, key, serve, snapshot, vm, webhook},
 };
 
 /// Runs other people's code in isolated VMs.
@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Key(key::KeyArgs),
     /// Accounts (needs a key with the admin scope)
     Account(account::AccountArgs),
+    /// Webhooks: who is told of what happens (needs a key with the admin scope)
+    Webhook(webhook::WebhookArgs),
     /// Set a password, on the server's host
     Admin(admin::AdminArgs),
     /// See whether this host can run VMs, and what it lacks

@@ -56,6 +56,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Snapshot(args) => on_one_thread(commands::snapshot::run(args)),
         Command::Key(args) => on_one_thread(commands::key::run(args)),
         Command::Account(args) => on_one_thread(commands::account::run(args)),
+        Command::Webhook(args) => on_one_thread(commands::webhook::run(args)),
         Command::Admin(args) => on_one_thread(commands::admin::run(args)),
         Command::Image(args) => on_one_thread(commands::image::run(args)),
         Command::Bench(args) => on_one_thread(bench::run(args)),

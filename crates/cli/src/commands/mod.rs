@@ -15,3 +15,4 @@ pub(crate) mod serve;
 pub(crate) mod settings;
 pub(crate) mod snapshot;
 pub(crate) mod vm;
+pub(crate) mod webhook;
