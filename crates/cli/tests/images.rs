@@ -119,9 +119,11 @@ async fn vms_of_uploaded_filesystems_have_their_files_whatever_else_is_missing_i
     site.is_tidy().await;
 }
 
-/// What is mounted in the namespace of a process.
-fn mounts(process: &str) -> String {
-    fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+/// What this site has mounted, as the namespace of a process has it.
+fn mounts(site: &Site, process: &str) -> String {
+    let (all, folder) =
+        (fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap(), site.data.parent().unwrap());
+    all.lines().filter(|line| line.contains(folder.to_str().unwrap())).map(|line| format!("{line}\n")).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -135,19 +137,20 @@ async fn a_deleted_images_room_is_free_at_once_whatever_else_runs_and_so_are_vms
     let vm = site.ask("POST", "/v1/vms", Some(body)).await.id();
     let pooled = || fs::read_dir(site.data.join("vms")).unwrap().count();
     harness::eventually("one is booted ahead", async || pooled() == 2).await;
-    assert!(mounts("self").contains(&digest));
+    assert!(mounts(&site, "self").contains(&digest));
     // One of another image, whose namespace began as a copy of the host's.
     let other = site.create().await;
     let monitor = harness::monitor_pid(&site.folder(&other)).unwrap().to_string();
-    assert!(!mounts(&monitor).contains(&digest), "{}", mounts(&monitor));
+    assert!(!mounts(&site, &monitor).contains(&digest), "{}", mounts(&site, &monitor));
 
     site.delete(&vm).await;
     assert_eq!(site.ask("DELETE", &image, None).await.status, 204);
-    assert!(!mounts("self").contains(&digest), "the mount went with the image");
+    assert!(!mounts(&site, "self").contains(&digest), "the mount went with the image");
     assert!(!site.data.join(format!("images/sha256/{digest}.erofs")).exists());
     for device in fs::read_dir("/sys/block").unwrap().flatten() {
         let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-        assert!(!backing.contains(&digest), "{backing}");
+        let ours = backing.starts_with(site.data.to_str().unwrap());
+        assert!(!(ours && backing.contains(&digest)), "{backing}");
     }
     let of_it = fs::read_dir(site.data.join("vms"))
         .unwrap()
@@ -304,4 +307,40 @@ fn the_readers_process_reads_refuses_and_when_it_ends_badly_ends_alone() {
     assert!(matches!(&refused, ConvertError::Refused(why) if why.contains("more than 5 files")), "{refused:?}");
     let ended = convert(&Converter::confined("/bin/false"), &bytes, &limits).unwrap_err();
     assert!(matches!(&ended, ConvertError::Refused(why) if why.contains("its reader ended")), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_damaged_on_the_disk_is_mounted_anew_once_it_is_whole() {
+    let mut site = Site::start(&[ANY_DISK]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let (image, bytes) = (image(&site, "busybox").await, busybox(folder.path()));
+    assert_eq!(site.try_upload(&format!("{image}/rootfs"), bytes.clone()).await.unwrap().status, 204);
+    let digest = now(&site, &image).await["digest"].as_str().unwrap().replace("sha256:", "");
+    let body = json!({ "cpu": 1, "memMb": 128, "allowIps": [], "diskSizeMb": 64, "imageId": image.rsplit('/').next() });
+    let old = site.ask("POST", "/v1/vms", Some(body.clone())).await.id();
+    let blob = site.data.join(format!("images/sha256/{digest}.erofs"));
+    let whole = fs::read(&blob).unwrap();
+    // The marker's own text, so that whoever reads it through an old mount sees the damage.
+    let at =
+        whole.windows(11).position(|bytes| bytes == b"of busybox\n").expect("short files lie in the blob as they are");
+    let writable = fs::File::options().write(true).open(&blob).unwrap();
+    std::os::unix::fs::FileExt::write_at(&writable, b"OF", at as u64).unwrap();
+    writable.sync_all().unwrap();
+    // The first look is at the server's start.
+    site.kill().await;
+    site.serve(None).await;
+    harness::eventually("it is noticed", async || now(&site, &image).await["isDamaged"] == true).await;
+    let refused = site.ask("POST", "/v1/vms", Some(body.clone())).await;
+    assert_eq!((refused.status, &refused.body["code"]), (422, &json!("image_damaged")), "{refused:?}");
+
+    assert_eq!(site.try_upload(&format!("{image}/rootfs"), bytes).await.unwrap().status, 204);
+    assert!(fs::read(&blob).unwrap() == whole);
+    let new = site.ask("POST", "/v1/vms", Some(body)).await.id();
+    assert_eq!(site.sh(&new, "cat /marker").await, "of busybox\n");
+    assert_eq!(site.sh(&old, "echo on").await, "on\n");
+    for vm in [&old, &new] {
+        site.delete(vm).await;
+    }
+    assert_eq!(site.ask("DELETE", &image, None).await.status, 204);
+    assert!(!mounts(&site, "self").contains(&digest));
 }

@@ -3,12 +3,15 @@
 //! ```text
 //!   <dir>/sha256/<64 hex>.erofs     complete, mode 0444, never written again
 //!   <dir>/sha256/.incoming-*        being written by a process that holds a lock on it
+//!   <dir>/sha256/<64 hex>.erofs.damaged   the blob beside it isn't what its name says
 //!   <dir>/kernels/<64 hex>.kernel   the same for kernels
 //! ```
 //!
 //! Invariant: a file gets its final name only when all its bytes are on the disk, so whoever finds the name finds the
 //! blob. A process that dies on the way leaves an unlocked `.incoming-*`, which the next [`BlobStore::open`] removes.
 //! Who uses a blob is the database's business: [`BlobStore::remove`] asks nobody.
+
+mod damage;
 
 use std::{
     fs::{self, File, OpenOptions, Permissions},
@@ -21,6 +24,8 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use sha2::{Digest as _, Sha256};
 use tiffin_types::id::Digest;
+
+pub use damage::Seen;
 
 const INCOMING: &str = ".incoming-";
 
@@ -36,17 +41,6 @@ pub struct Blob {
 /// The store failed, by what the caller does about it.
 #[derive(Debug, thiserror::Error)]
 pub enum BlobError {
-    /// No such blob here.
-    #[error("no image {0} on this host")]
-    Absent(Digest),
-    /// The bytes under the name are not the blob's: remove it and make it again.
-    #[error("the image {expected} is damaged: its bytes are {found}")]
-    Damaged {
-        /// What the name says.
-        expected: Digest,
-        /// What the bytes say.
-        found: Digest,
-    },
     /// The disk failed, or is full.
     #[error("{path}")]
     Io {
@@ -146,7 +140,8 @@ impl BlobStore {
     /// When the disk fails.
     pub fn remove(&self, digest: &Digest) -> Result<(), BlobError> {
         let path = self.path(digest);
-        remove_if_there(&path).map_err(BlobError::io(&path))
+        remove_if_there(&path).map_err(BlobError::io(&path))?;
+        self.clear_damaged(digest)
     }
 
     /// Every blob here, in the order of their names.
@@ -168,24 +163,6 @@ impl BlobStore {
         }
         blobs.sort_by(|a, b| a.digest.cmp(&b.digest));
         Ok(blobs)
-    }
-
-    /// Reads the whole blob and compares its bytes with its name.
-    ///
-    /// # Errors
-    /// [`BlobError::Absent`], [`BlobError::Damaged`], or a failure of the disk.
-    pub fn verify(&self, digest: &Digest) -> Result<Blob, BlobError> {
-        let path = self.path(digest);
-        let mut file = match File::open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(BlobError::Absent(digest.clone())),
-            opened => opened.map_err(BlobError::io(&path))?,
-        };
-        let blob = hash(&mut file).map_err(BlobError::io(&path))?;
-        if blob.digest == *digest {
-            Ok(blob)
-        } else {
-            Err(BlobError::Damaged { expected: digest.clone(), found: blob.digest })
-        }
     }
 
     fn sweep(&self) -> Result<(), BlobError> {
@@ -219,7 +196,7 @@ impl Incoming {
     }
 
     /// Hashes what was written, makes it durable and gives it its name. A blob of the same bytes that is here already stays,
-    /// as it may be mounted, and is as young as a new one; only one that was cut short is replaced.
+    /// as it may be mounted, and is as young as a new one; only one that was cut short or found damaged is replaced.
     ///
     /// # Errors
     /// When the disk fails or is full; nothing is left then.
@@ -228,12 +205,13 @@ impl Incoming {
         let (target, dir) = (self.store.path(&blob.digest), &self.store.dir);
         match keep(&target, blob.size_bytes) {
             // Dropping this removes what was written.
-            Ok(true) => return Ok(blob),
-            Ok(false) => {}
+            Ok(true) if !self.store.is_damaged(&blob.digest) => return Ok(blob),
+            Ok(_) => {}
             Err(error) => return Err(BlobError::io(&target)(error)),
         }
         fs::rename(&self.path, &target).map_err(BlobError::io(&target))?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(BlobError::io(dir))?;
+        self.store.clear_damaged(&blob.digest)?;
         Ok(blob)
     }
 

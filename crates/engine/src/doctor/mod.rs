@@ -10,6 +10,7 @@ mod cgroups;
 mod disk;
 mod engines;
 mod filesystems;
+mod images;
 mod kernel;
 mod kvm;
 mod network;
@@ -93,7 +94,7 @@ impl Check {
 /// A probe and the name of its (first) answer.
 type Probe = (&'static str, fn(&DoctorInput) -> Vec<Check>);
 
-const PROBES: [Probe; 12] = [
+const PROBES: [Probe; 13] = [
     ("privileges", privileges::check),
     ("kernel", kernel::check),
     ("cgroups", cgroups::check),
@@ -104,6 +105,7 @@ const PROBES: [Probe; 12] = [
     ("agent", agent::check),
     ("kvm", kvm::check),
     ("disk", disk::check),
+    ("images", images::check),
     ("network", network::check),
     ("port", port::check),
 ];

@@ -223,6 +223,14 @@ pub fn unmount(at: &Path) -> io::Result<()> {
     }
 }
 
+/// Takes what is mounted at `at` away from there; who uses it goes on.
+///
+/// # Errors
+/// The kernel's.
+pub fn detach(at: &Path) -> io::Result<()> {
+    Ok(umount2(at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?)
+}
+
 /// Whether something is mounted at `path`.
 pub fn is_mounted(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;

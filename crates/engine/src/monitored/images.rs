@@ -5,6 +5,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -14,13 +15,15 @@ use tokio::sync::Mutex;
 use super::{HostConfig, blocking};
 use crate::{
     EngineError,
-    host::mount::{is_mounted, mount_image, unmount},
+    host::mount::{detach, is_mounted, mount_image, unmount},
     monitor::launch::{self, SPEC},
 };
 
 pub(super) struct Images {
     blobs: PathBuf,
     mounts: PathBuf,
+    /// Which file is mounted: a blob that was damaged is replaced by another file.
+    mounted_files: PathBuf,
     mounting: Mutex<()>,
 }
 
@@ -29,6 +32,7 @@ impl Images {
         Self {
             blobs: config.data_dir.join("images/sha256"),
             mounts: config.run_dir.join("images"),
+            mounted_files: config.run_dir.join("image-files"),
             mounting: Mutex::new(()),
         }
     }
@@ -50,13 +54,25 @@ impl Images {
     /// meanwhile.
     pub(super) async fn mounted(&self, digest: &Digest, folder: &Path) -> Result<PathBuf, EngineError> {
         self.require(digest)?;
-        let (blob, at) = (self.blob(digest), self.mounts.join(digest.hex()));
+        let (blob, at, note) =
+            (self.blob(digest), self.mounts.join(digest.hex()), self.mounted_files.join(digest.hex()));
         let _one_at_a_time = self.mounting.lock().await;
         if !folder.join(SPEC).exists() {
             return Err(EngineError::Absent);
         }
         blocking(move || {
+            let metadata = fs::metadata(&blob)?;
+            let file = format!("{} {}", metadata.dev(), metadata.ino());
+            let is_another = fs::read_to_string(&note).is_ok_and(|mounted| mounted != file);
+            if is_another && is_mounted(&at) {
+                // VMs that run have what they began with, in namespaces of their own.
+                detach(&at)?;
+            }
             if !is_mounted(&at) {
+                if let Some(folder) = note.parent() {
+                    fs::create_dir_all(folder)?;
+                }
+                fs::write(&note, file)?;
                 mount_image(&blob, &at)?;
             }
             Ok(at)
@@ -67,7 +83,8 @@ impl Images {
 
     /// Unmounts an image unless a VM below `vms` was made of it; whether it isn't mounted now.
     pub(super) async fn let_go(&self, digest: &Digest, vms: &Path) -> Result<bool, EngineError> {
-        let (digest, at, vms) = (digest.clone(), self.mounts.join(digest.hex()), vms.to_owned());
+        let (at, note) = (self.mounts.join(digest.hex()), self.mounted_files.join(digest.hex()));
+        let (digest, vms) = (digest.clone(), vms.to_owned());
         let _one_at_a_time = self.mounting.lock().await;
         let released = blocking(move || {
             if is_used(&digest, &vms)? {
@@ -76,7 +93,10 @@ impl Images {
             if at.try_exists()? {
                 release(&at)?;
             }
-            Ok(true)
+            match fs::remove_file(&note) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(true),
+            }
         });
         released.await.map_err(|e| EngineError::host("unmounting the image", e))
     }

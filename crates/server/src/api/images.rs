@@ -94,6 +94,8 @@ pub(crate) struct ImageBody {
     /// While something is uploaded: files of the filesystem that were read.
     #[serde(skip_serializing_if = "Option::is_none")]
     converted_entries: Option<u64>,
+    /// Whether it was found damaged on the host's disk: no VMs are made of it until it is uploaded again.
+    is_damaged: bool,
     /// What came of uploads that broke off: they can be gone on with.
     partial_uploads: Vec<PartialUploadBody>,
 }
@@ -132,8 +134,9 @@ impl From<KeptUpload> for PartialUploadBody {
 }
 
 impl From<ImageNow> for ImageBody {
-    fn from(ImageNow { image, progress, kept }: ImageNow) -> Self {
+    fn from(ImageNow { image, progress, kept, is_damaged }: ImageNow) -> Self {
         Self {
+            is_damaged,
             status: status(&image, progress, !kept.is_empty()),
             partial_uploads: kept.into_iter().map(PartialUploadBody::from).collect(),
             id: image.id.to_string(),

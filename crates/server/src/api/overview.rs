@@ -30,6 +30,8 @@ pub(crate) struct OverviewBody {
     #[schema(example = json!({"RUNNING": 3, "STOPPED": 1}))]
     vms: BTreeMap<&'static str, u64>,
     images: u64,
+    /// Images' files that were found damaged on the host's disk: see `isDamaged` of images, and the server's log.
+    damaged_images: usize,
     snapshots: u64,
     accounts: u64,
     /// Keys that are not revoked.
@@ -90,6 +92,7 @@ pub(crate) async fn overview_get(caller: Caller, State(app): State<Arc<App>>) ->
         uptime_s: app.began.elapsed().as_secs(),
         vms: overview.vms.into_iter().map(|(state, count)| (state.as_str(), count)).collect(),
         images: figures.images,
+        damaged_images: overview.damaged,
         snapshots: figures.snapshots,
         accounts: figures.accounts,
         api_keys: figures.api_keys,

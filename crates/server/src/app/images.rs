@@ -80,6 +80,8 @@ pub(crate) struct ImageNow {
     pub(crate) progress: Option<Progress>,
     /// What can be gone on with.
     pub(crate) kept: Vec<KeptUpload>,
+    /// Whether what it has was found damaged on this host.
+    pub(crate) is_damaged: bool,
 }
 
 /// What is kept of an upload that broke off.
@@ -109,7 +111,7 @@ pub(crate) async fn image_create(app: &App, caller: &Caller, request: ImageReque
         }
     };
     tracing::info!(image_id = %image.id, account_id = %caller.account_id, "image {} created", image.id);
-    Ok(ImageNow { image, progress: None, kept: Vec::new() })
+    Ok(ImageNow { image, progress: None, kept: Vec::new(), is_damaged: false })
 }
 
 /// The images that the caller may use.
@@ -137,7 +139,9 @@ fn now(app: &App, image: Image, partials: &[Partial]) -> ImageNow {
         .iter()
         .filter(is_kept)
         .map(|partial| KeptUpload { partial: partial.clone(), expires_at: partial.updated_at.plus_millis(kept_ms) });
-    ImageNow { kept: kept.collect(), image, progress }
+    let is_damaged = image.digest.as_ref().is_some_and(|digest| app.images.filesystems.is_damaged(digest))
+        || image.kernel_digest.as_ref().is_some_and(|digest| app.images.kernels.is_damaged(digest));
+    ImageNow { kept: kept.collect(), image, progress, is_damaged }
 }
 
 /// Makes an image the default: everybody's, where it is everybody's and the key has the scope admin; else the account's.
@@ -241,6 +245,17 @@ pub(super) async fn image_for(app: &App, caller: &Caller, id: Option<&ImageId>) 
         Some(digest) => Ok((image, digest)),
         None => Err(AppError::field("imageId", "names an image that has no filesystem yet: upload it first")),
     }
+}
+
+/// Refuses to make VMs of what was found damaged.
+pub(super) fn require_whole(app: &App, digest: &Digest) -> Result<(), AppError> {
+    if app.images.filesystems.is_damaged(digest) {
+        return Err(AppError::Unprocessable {
+            code: "image_damaged",
+            message: "the image is damaged on the host's disk: upload it again, or have an administrator do it where it is shared; until then use another one".into(),
+        });
+    }
+    Ok(())
 }
 
 /// Whether the image still has that content, asked with the gate held to read.

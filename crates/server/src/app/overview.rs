@@ -1,5 +1,6 @@
 //! What there is, and how much of the host is taken.
 
+use tiffin_image::blob::BlobStore;
 use tiffin_store::Figures;
 use tiffin_types::{account::Scope, vm::VmState};
 
@@ -12,6 +13,8 @@ pub(crate) struct Overview {
     pub(crate) vms: Vec<(VmState, u64)>,
     /// What the store counts.
     pub(crate) figures: Figures,
+    /// Images' files that were found damaged.
+    pub(crate) damaged: usize,
     /// The host.
     pub(crate) host: Host,
 }
@@ -36,9 +39,12 @@ pub(crate) async fn overview_get(app: &App, caller: &Caller) -> Result<Overview,
     let states = VmState::ALL.into_iter().filter(|state| *state != VmState::Deleted);
     let vms = states.map(|state| (state, u64::try_from(count(state)).unwrap_or(0))).collect();
     let data_dir = app.config.data_dir.clone();
-    let host = tokio::task::spawn_blocking(move || look(data_dir.as_std_path()));
-    let host = host.await.map_err(|error| AppError::internal("looking at the host", error))?;
-    Ok(Overview { vms, figures: app.store.figures().await?, host })
+    let stores = [app.images.filesystems.clone(), app.images.kernels.clone()];
+    let looked = tokio::task::spawn_blocking(move || {
+        (look(data_dir.as_std_path()), stores.iter().map(BlobStore::damaged_count).sum())
+    });
+    let (host, damaged) = looked.await.map_err(|error| AppError::internal("looking at the host", error))?;
+    Ok(Overview { vms, figures: app.store.figures().await?, damaged, host })
 }
 
 fn look(data_dir: &std::path::Path) -> Host {

@@ -187,7 +187,7 @@ impl Pool {
     }
 
     /// Destroys the VMs of an image that nobody can ask for any more, one that is on its way up too.
-    pub(super) async fn forget_image(&self, app: &App, image: &Digest) {
+    pub(crate) async fn forget_image(&self, app: &App, image: &Digest) {
         let gone: Vec<VmId> = {
             let mut state = self.lock();
             state.demand.forget_image(image);

@@ -491,6 +491,18 @@ pub const KEYS: &[Key] = &[
         "How long what came of an upload that broke off is kept, in seconds, for the client to go on with it.",
     ),
     Key::new(
+        "images.scrub_mib_per_s",
+        "32",
+        Allowed::Integer(0, 100_000),
+        "How fast images that are stored are read again to see whether they are damaged, in MiB a second; 0 is never.",
+    ),
+    Key::new(
+        "images.scrub_every_s",
+        "86400",
+        Allowed::Integer(1, 31_536_000),
+        "How long to wait, in seconds, between two such looks at all of them; the first is at the server's start.",
+    ),
+    Key::new(
         "images.min_free_disk_mb",
         "1024",
         Allowed::Integer(0, 1_000_000_000),

@@ -286,6 +286,10 @@ pub struct ImagesConfig {
     pub upload_stretch: Duration,
     /// How long what came of an upload that broke off is kept.
     pub partial_kept: Duration,
+    /// Bytes a second that are read of stored images to see whether they are damaged; 0 is never.
+    pub scrub_bytes_per_s: u64,
+    /// Between two looks at all of them.
+    pub scrub_every: Duration,
     /// Bytes of disk that uploads leave free.
     pub min_free_disk_bytes: u64,
     /// What an account's images may be and take.
@@ -485,6 +489,8 @@ impl Config {
                 min_upload_bytes_per_s: values.integer("images.min_upload_bytes_per_s")?,
                 upload_stretch: values.millis("images.upload_stretch_ms")?,
                 partial_kept: Duration::from_secs(values.integer("images.partial_kept_s")?),
+                scrub_bytes_per_s: values.integer("images.scrub_mib_per_s")? << 20,
+                scrub_every: Duration::from_secs(values.integer("images.scrub_every_s")?),
                 min_free_disk_bytes: values.integer("images.min_free_disk_mb")? << 20,
                 quota: ImageQuota {
                     images: values.integer("images.per_account")?,

@@ -5,6 +5,7 @@
 
 mod decide;
 mod images;
+mod scrub;
 mod snapshots;
 mod tasks;
 mod vms;

@@ -6,6 +6,7 @@ use tiffin_types::time::Timestamp;
 use tokio::time::MissedTickBehavior;
 
 use super::images::{settle_uploads, sweep_blobs};
+use super::scrub::scrub_blobs;
 use super::vms::{end_noticed, reconcile_all, settle_starting};
 use crate::{
     app::{App, images::leaving, pool, prepared, sessions, webhooks},
@@ -28,6 +29,7 @@ pub(crate) fn spawn_all(app: &Arc<App>) {
     spawn(app, prepared::keep_prepared);
     spawn(app, webhooks::deliver);
     spawn(app, |app| periodically(app, DELIVERIES_EVERY, prune_deliveries));
+    spawn(app, scrub_blobs);
     spawn(app, |app| periodically(app, every, reconcile));
     spawn(app, prune_now_and_then);
 }

@@ -16,7 +16,7 @@ use crate::harness::{Server, send, small_vm, until};
 const ANY_DISK: (&str, &str) = ("images.min_free_disk_mb", "1");
 
 /// An ext4 filesystem with one file, of that content.
-fn ext4(content: &str) -> Result<Vec<u8>> {
+pub(crate) fn ext4(content: &str) -> Result<Vec<u8>> {
     let folder = tempfile::tempdir()?;
     let (tree, image) = (folder.path().join("tree"), folder.path().join("image"));
     std::fs::create_dir(&tree)?;

@@ -226,3 +226,31 @@ fn tokio_stream(every: Duration) -> impl futures_util::Stream<Item = ()> + Send 
         Some(((), timer))
     })
 }
+
+#[tokio::test]
+async fn a_damaged_image_is_noticed_makes_no_vms_and_is_healed_by_the_same_file() -> Result<()> {
+    let server = Server::start_with(&[SOON.as_slice(), &[("images.scrub_every_s", "1")]].concat()).await?;
+    let image = server.ready_image("mine").await?;
+    let body = json!({ "cpu": 1, "memMb": 128, "allowIps": [], "imageId": image.rsplit('/').next() });
+    server.post("/v1/vms", &body).await?.ok(201);
+    let blob = std::fs::read_dir(server.data_dir().join("images/sha256"))?.next().context("a blob")??.path();
+    let mut bytes = std::fs::read(&blob)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::os::unix::fs::FileExt::write_at(
+        &std::fs::File::options().write(true).open(&blob)?,
+        &bytes[middle..=middle],
+        middle as u64,
+    )?;
+    until("it is noticed", async || Ok(server.get(&image).await?.ok(200)["isDamaged"] == true)).await?;
+    let refused = server.post("/v1/vms", &body).await?;
+    assert!(refused.refused(422, "image_damaged").contains("upload it again"), "{}", refused.text);
+    assert_eq!(server.get("/v1/admin/overview").await?.ok(200)["damagedImages"], 1);
+    server.vm().await?;
+
+    server.put(&format!("{image}/rootfs"), crate::images::ext4("mine")?).await?.ok(204);
+    assert_eq!(server.get(&image).await?.ok(200)["isDamaged"], false);
+    assert_eq!(server.get("/v1/admin/overview").await?.ok(200)["damagedImages"], 0);
+    server.post("/v1/vms", &body).await?.ok(201);
+    Ok(())
+}

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     app::{
-        images::{image_for, still_has},
+        images::{image_for, require_whole, still_has},
         places::Place,
         pool::Claimed,
     },
@@ -140,6 +140,7 @@ async fn attempt(
         return answer_to(app, caller, known).await;
     }
     let Wanted { new, program } = &wanted(app, caller, request).await?;
+    require_whole(app, &new.image_digest)?;
     if let Some(claimed) = app.pool.claim(app, new).await {
         return attempt_with(app, caller, new, idempotent, claimed).await;
     }
