@@ -4,7 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     bench,
-    commands::{account, admin, completion, config, doctor, host, image, key, serve, snapshot, vm, webhook},
+    commands::{account, admin, completion, config, doctor, host, image, key, logs, serve, snapshot, vm, webhook},
 };
 
 /// Runs other people's code in isolated VMs.
@@ -22,6 +22,8 @@ pub(crate) enum Command {
     Serve(serve::ServeArgs),
     /// Create VMs, run commands in them, read their logs, delete them
     Vm(vm::VmArgs),
+    /// Show what a VM's program prints
+    Logs(logs::LogsArgs),
     /// Saved VMs, of which others are made
     Snapshot(snapshot::SnapshotArgs),
     /// Images that VMs start from

@@ -53,6 +53,7 @@ fn usage(refused: &clap::Error, argv: &[OsString]) -> ExitCode {
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Vm(args) => on_one_thread(commands::vm::run(args)),
+        Command::Logs(args) => on_one_thread(commands::logs::run(args)),
         Command::Snapshot(args) => on_one_thread(commands::snapshot::run(args)),
         Command::Key(args) => on_one_thread(commands::key::run(args)),
         Command::Account(args) => on_one_thread(commands::account::run(args)),

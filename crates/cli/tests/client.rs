@@ -166,6 +166,54 @@ fn a_guests_console_cannot_control_the_terminal() {
 }
 
 #[test]
+fn what_a_program_printed_is_shown_page_by_page() {
+    let line = |id: u64, message: &str| json!({"id": id, "at": "2026-11-20T10:00:00.123Z", "level": "info", "message": message});
+    let first = json!({"lines": [line(0, "one"), line(1, "\u{1b}[2Jtwo")], "pagination": "abc",
+        "from": "2026-11-20 10:00:00 UTC", "to": "2026-11-20 10:00:01 UTC"});
+    let path = "GET /v1/vms/vm-0123456789abcd/logs/search";
+    let server = Server::start(vec![
+        (path, Answer::json(200, first)),
+        (path, Answer::json(200, json!({"lines": [line(2, "three")]}))),
+    ]);
+    let out = run(&server, &["logs", "0123456789abcd", "--search", "o r", "--since", "2026-11-20T10:00:00Z"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let shown: Vec<&str> = text(&out.stdout).lines().collect();
+    assert_eq!(shown[0], "2026-11-20T10:00:00.123Z info  one");
+    assert!(shown[1].ends_with("\\u{1b}[2Jtwo") && shown[2].ends_with("three"), "{shown:?}");
+    let asked = server.requests();
+    assert_eq!(asked[0].query, "order=oldest_first&batch=1000&query=o+r&from=2026-11-20T10%3A00%3A00Z");
+    assert_eq!(
+        asked[1].query,
+        "order=oldest_first&batch=1000&query=o+r&pagination=abc&from=2026-11-20+10%3A00%3A00+UTC&to=2026-11-20+10%3A00%3A01+UTC"
+    );
+}
+
+#[test]
+fn a_stream_of_lines_that_breaks_off_is_taken_up_after_the_last_one() {
+    let line = |id: u64| {
+        let data =
+            json!({"id": id, "at": "2026-11-20T10:00:00.123Z", "level": "error", "message": format!("line {id}")});
+        format!("id: {id}\nevent: line\ndata: {data}\n\n")
+    };
+    let path = "GET /v1/vms/vm-0123456789abcd/logs/stream";
+    let server = Server::start(vec![
+        (path, Answer::events(&format!("{}{}", line(7), line(8)))),
+        (path, Answer::json(503, json!({"message": "restarting", "code": "x", "requestId": "r"}))),
+        (
+            path,
+            Answer::events(&format!("event: missed\ndata: {{\"lines\":2}}\n\n{}event: end\ndata: {{}}\n\n", line(11))),
+        ),
+    ]);
+    let out = run(&server, &["logs", VM, "--follow", "--tail", "2", "--plain"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!(text(&out.stdout), "line 7\nline 8\nline 11\n");
+    assert!(text(&out.stderr).contains("2 lines were forgotten"), "{}", text(&out.stderr));
+    let asked = server.requests();
+    let after: Vec<_> = asked.iter().map(|asked| asked.header("last-event-id")).collect();
+    assert_eq!((asked[0].query.as_str(), after), ("tail=2", vec![None, Some("8"), Some("8")]));
+}
+
+#[test]
 fn what_the_network_refused_is_listed() {
     let answer = json!({"outboundInternet": true, "allowIps": ["198.51.100.0/24"],
         "denied": {"total": 9, "destinations": [{"address": "192.0.2.1", "protocol": "tcp", "port": 25, "count": 9}]}});

@@ -10,8 +10,8 @@ pub(crate) const FORMS: &str =
 /// Characters of a date, at most.
 const CHARS: usize = 64;
 
-/// Reads a date. Fractions of a second may be given; what is finer than milliseconds is dropped.
-pub(crate) fn read(text: &str) -> Option<Timestamp> {
+/// Reads a date in one of the forms that queries of logs take. Fractions of a second may be given; what is finer than milliseconds is dropped.
+pub fn read(text: &str) -> Option<Timestamp> {
     if text.len() > CHARS || !text.is_ascii() || !text.starts_with(|first: char| first.is_ascii_digit()) {
         return None;
     }

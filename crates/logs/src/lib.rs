@@ -33,6 +33,7 @@ mod split;
 mod token;
 mod writer;
 
+pub use date::read as read_date;
 pub use limits::Limits;
 pub use many::{ManyPage, page_many};
 pub use reader::{Budget, Cursor, Line, Order, Page, Query, Reader};

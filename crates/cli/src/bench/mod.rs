@@ -12,6 +12,7 @@ mod density;
 mod exec;
 mod files;
 mod host;
+mod logs;
 mod pool;
 mod raw;
 mod report;
@@ -90,6 +91,8 @@ enum Which {
     Burst,
     /// Memory of many running VMs
     Density,
+    /// The store of what programs print, against grep; only by name, as it needs no VM
+    Logs,
 }
 
 impl Which {
@@ -107,6 +110,7 @@ impl Which {
             Which::Files => "files",
             Which::Burst => "burst",
             Which::Density => "density",
+            Which::Logs => "logs",
         }
     }
 }
@@ -119,6 +123,7 @@ struct Bench {
     api: Api,
     /// `Err` says why runsc isn't measured.
     raw: Result<Raw, String>,
+    data_dir: PathBuf,
     quick: bool,
 }
 
@@ -147,7 +152,7 @@ pub(crate) async fn run(args: BenchArgs) -> Result<ExitCode, Failure> {
     client.get("/v1/vms").await?;
     let raw =
         if args.no_raw { Err("--no-raw".to_owned()) } else { Raw::new(&args).await.map_err(|e| format!("{e:#}")) };
-    let bench = Bench { api: Api::new(client), raw, quick: args.quick };
+    let bench = Bench { api: Api::new(client), raw, data_dir: args.data_dir.clone(), quick: args.quick };
     let chosen = if args.scenarios.is_empty() { Which::USUAL.to_vec() } else { args.scenarios.clone() };
     let mut report = Report { environment: Environment::read(&bench).await, scenarios: Vec::new() };
     for which in chosen {
@@ -175,6 +180,7 @@ async fn measure(bench: &Bench, which: Which) -> Result<Scenario, Failure> {
             Which::Files => files::run(bench).await,
             Which::Burst => burst::run(bench).await,
             Which::Density => density::run(bench).await,
+            Which::Logs => logs::run(bench).await,
         }
     };
     let outcome = tokio::select! {

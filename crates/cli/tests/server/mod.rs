@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, dead_code, reason = "test code, of which each test file uses a part")]
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     convert::Infallible,
     sync::{Arc, Mutex},
 };
@@ -89,7 +89,7 @@ impl Asked {
     }
 }
 
-type Script = Arc<HashMap<&'static str, Answer>>;
+type Script = Arc<Mutex<HashMap<&'static str, VecDeque<Answer>>>>;
 
 /// The server; gone when dropped.
 pub(crate) struct Server {
@@ -99,13 +99,16 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves `answers` by `METHOD /path`; whatever else is asked is a 500.
+    /// Serves `answers` by `METHOD /path`, those of one path in their order, the last for ever; whatever else is asked is a
+    /// 500.
     pub(crate) fn start(answers: Vec<(&'static str, Answer)>) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let asked = Arc::new(Mutex::new(Vec::new()));
-        let (script, record): (Script, _) = (Arc::new(answers.into_iter().collect()), Arc::clone(&asked));
+        let mut script: HashMap<_, VecDeque<_>> = HashMap::new();
+        answers.into_iter().for_each(|(path, answer)| script.entry(path).or_default().push_back(answer));
+        let (script, record): (Script, _) = (Arc::new(Mutex::new(script)), Arc::clone(&asked));
         let app =
             Router::new().fallback(move |request: Request| answer(Arc::clone(&script), Arc::clone(&record), request));
         runtime.spawn(async move { axum::serve(listener, app).await });
@@ -126,7 +129,10 @@ async fn answer(script: Script, record: Arc<Mutex<Vec<Asked>>>, request: Request
     let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
     let query = head.uri.query().unwrap_or_default().to_owned();
     record.lock().unwrap().push(Asked { method: head.method.to_string(), headers: head.headers, query, body, length });
-    let Some(answer) = script.get(asked.as_str()) else {
+    let mut script = script.lock().unwrap();
+    let mut answers = script.get_mut(asked.as_str());
+    let used = answers.as_mut().filter(|answers| answers.len() > 1).and_then(|answers| answers.pop_front());
+    let Some(answer) = used.as_ref().or(answers.as_ref().and_then(|answers| answers.front())) else {
         return Response::builder().status(StatusCode::INTERNAL_SERVER_ERROR).body(Body::from(asked)).unwrap();
     };
     let response = Response::builder().status(StatusCode::from_u16(answer.status).unwrap());

@@ -16,6 +16,7 @@ mod gate;
 mod health;
 mod images;
 mod layer;
+mod logs;
 mod openapi;
 mod overview;
 mod request;

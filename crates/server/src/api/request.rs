@@ -146,6 +146,11 @@ impl Parameters {
         }
     }
 
+    /// The parameter's text, if it is given.
+    pub(crate) fn take(&mut self, name: &str) -> Option<String> {
+        self.0.remove(name)
+    }
+
     /// A parameter that must be given.
     pub(crate) fn required<T>(
         &mut self,

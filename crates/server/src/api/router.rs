@@ -8,8 +8,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
-    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, layer, openapi,
-    overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
+    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, layer, logs,
+    openapi, overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
 };
 use crate::{app::App, error::AppError};
 
@@ -28,6 +28,8 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(snapshots::snapshot_list))
         .routes(routes!(snapshots::snapshot_get, snapshots::snapshot_delete))
         .routes(routes!(vm_logs::vm_log_get))
+        .routes(routes!(logs::log_search))
+        .routes(routes!(logs::log_stream))
         .routes(routes!(exec::exec_create))
         .routes(routes!(scripts::script_ts_run))
         .routes(routes!(scripts::script_js_run))

@@ -14,6 +14,7 @@ mod guest;
 pub(crate) mod health;
 pub(crate) mod images;
 pub(crate) mod journal;
+pub(crate) mod logs;
 pub(crate) mod overview;
 pub(crate) mod passwords;
 mod places;
@@ -69,6 +70,10 @@ pub(crate) struct App {
     pub(crate) journal: Journal,
     /// Bounds how many watch the journal at once.
     watchers: Arc<Semaphore>,
+    /// Bounds how many follow logs of VMs' programs at once.
+    followers: Arc<Semaphore>,
+    /// Bounds how many of these logs are read at once.
+    log_readers: Arc<Semaphore>,
     /// When the server began, by the clock and for spans.
     pub(crate) started_at: Timestamp,
     pub(crate) began: Instant,
@@ -100,6 +105,8 @@ impl App {
         Arc::new(Self {
             journal: Journal::default(),
             watchers: Arc::new(Semaphore::new(config.limits.event_streams)),
+            followers: Arc::new(Semaphore::new(config.limits.log_streams)),
+            log_readers: Arc::new(Semaphore::new(logs::READ_AT_ONCE)),
             started_at: Timestamp::now(),
             began: Instant::now(),
             passwords: Passwords::default(),

@@ -282,6 +282,30 @@ pub const KEYS: &[Key] = &[
         "Streams of events (`/v1/admin/events`) open at once.",
     ),
     Key::new(
+        "limits.log_streams",
+        "256",
+        Allowed::Integer(1, 100_000),
+        "Streams of what VMs' programs print (`/v1/vms/{id}/logs/stream`) open at once.",
+    ),
+    Key::new(
+        "logs.bytes_per_vm",
+        "67108864",
+        Allowed::Integer(1 << 20, 1 << 40),
+        "What the lines that a VM's program prints may take on the disk, in bytes; the oldest are forgotten.",
+    ),
+    Key::new(
+        "logs.kept_days",
+        "14",
+        Allowed::Integer(1, 36_500),
+        "How long these lines are kept, in days, whether their VM is there or not.",
+    ),
+    Key::new(
+        "logs.line_bytes",
+        "16384",
+        Allowed::Integer(256, 1 << 20),
+        "The longest line that is kept whole, in bytes; of a longer one the beginning is.",
+    ),
+    Key::new(
         "activity.kept_days",
         "90",
         Allowed::Integer(1, 36_500),

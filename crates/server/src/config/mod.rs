@@ -62,6 +62,8 @@ pub struct Config {
     pub quota: Quota,
     /// How often one caller may do what is costly.
     pub rate: RateConfig,
+    /// How much of what VMs' programs print is kept.
+    pub logs: tiffin_logs::Limits,
     /// The audit trail.
     pub activity: ActivityConfig,
     /// Sessions.
@@ -200,6 +202,8 @@ pub struct LimitsConfig {
     pub create_wait: Duration,
     /// Streams of events at once.
     pub event_streams: usize,
+    /// Streams of logs at once.
+    pub log_streams: usize,
     /// Snapshots of one account.
     pub snapshots_per_account: u32,
 }
@@ -421,6 +425,7 @@ impl Config {
                 creates_queued: values.count("limits.creates_queued")?,
                 create_wait: values.millis("limits.create_wait_ms")?,
                 event_streams: values.count("limits.event_streams")?,
+                log_streams: values.count("limits.log_streams")?,
                 snapshots_per_account: values.small("limits.snapshots_per_account")?,
             },
             pool: PoolConfig {
@@ -452,6 +457,11 @@ impl Config {
                 login_email: values.small("rate.login_email_per_min")?,
                 login_address: values.small("rate.login_address_per_min")?,
             },
+            logs: tiffin_logs::Limits::new(
+                values.integer("logs.bytes_per_vm")?,
+                Duration::from_secs(values.integer("logs.kept_days")? * 24 * 3600),
+                values.count("logs.line_bytes")?,
+            ),
             activity: ActivityConfig {
                 kept: Duration::from_secs(values.integer("activity.kept_days")? * 24 * 3600),
                 entries: values.integer("activity.kept_entries")?,

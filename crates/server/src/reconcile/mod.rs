@@ -5,6 +5,7 @@
 
 mod decide;
 mod images;
+mod logs;
 mod scrub;
 mod snapshots;
 mod tasks;

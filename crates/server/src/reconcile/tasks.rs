@@ -6,6 +6,7 @@ use tiffin_types::time::Timestamp;
 use tokio::time::MissedTickBehavior;
 
 use super::images::{settle_uploads, sweep_blobs};
+use super::logs::sweep_logs;
 use super::scrub::scrub_blobs;
 use super::vms::{end_noticed, reconcile_all, settle_starting};
 use crate::{
@@ -89,6 +90,9 @@ async fn prune_deliveries(app: Arc<App>) {
 async fn prune(app: Arc<App>) {
     if let Err(error) = sweep_blobs(&app).await {
         tracing::error!(error = error.inside(), "blobs that nothing needs can't be removed now");
+    }
+    if let Err(error) = sweep_logs(&app).await {
+        tracing::error!(error = error.inside(), "what programs printed can't be swept now");
     }
     match app.store.idempotency_prune(Timestamp::now().plus_millis(-KEYS_KEPT_MS)).await {
         Ok(0) => {}

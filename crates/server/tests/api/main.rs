@@ -15,6 +15,7 @@ mod logs;
 mod openapi;
 mod overview;
 mod pool;
+mod program_logs;
 mod rates;
 mod reconcile;
 mod scripts;

@@ -4,6 +4,7 @@
 //! Every operation is mounted twice, at the root and below [`PREFIX`]: clients of this dialect ask for `GET /v1/vms`, which
 //! at the root is the other dialect's. Unknown fields of bodies are ignored here, and what has no answer is answered by `{}`.
 
+mod logs;
 mod vms;
 
 use std::sync::Arc;
@@ -33,11 +34,13 @@ fn both_places() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
         .routes(routes!(vms::cakework_vm_start))
         .routes(routes!(vms::cakework_vm_get))
+        .routes(routes!(logs::cakework_vm_logs))
         .routes(routes!(vms::cakework_vm_stop))
         .routes(routes!(vms::cakework_vm_destroy))
         .routes(routes!(vms::cakework_vm_list))
         .routes(routes!(vms::cakework_vm_cache))
         .routes(routes!(vms::cakework_cached_start))
+        .routes(routes!(logs::cakework_cached_logs))
         .routes(routes!(vms::cakework_cached_stop))
         .routes(routes!(vms::cakework_cached_destroy))
 }

@@ -107,7 +107,7 @@ pub(crate) struct CakeworkVmPage {
 }
 
 /// A VM's id in this dialect: 14 hexadecimal digits. The other dialect's form is taken, too.
-pub(crate) struct ServiceId(VmId);
+pub(crate) struct ServiceId(pub(crate) VmId);
 
 impl std::str::FromStr for ServiceId {
     type Err = tiffin_types::id::IdError;
