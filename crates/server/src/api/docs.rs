@@ -17,6 +17,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("quickstart", "Quick start", include_str!("../../../../docs/user/quickstart.md")),
     ("api", "API", include_str!("../../../../docs/user/api.md")),
     ("programs", "Programs", include_str!("../../../../docs/user/programs.md")),
+    ("logs", "What programs print", include_str!("../../../../docs/user/logs.md")),
     ("scripts", "Scripts", include_str!("../../../../docs/user/scripts.md")),
     ("images", "Images", include_str!("../../../../docs/user/images.md")),
     ("errors", "Errors", include_str!("../../../../docs/user/errors.md")),
