@@ -75,7 +75,7 @@ impl From<Line> for LogLine {
 /// Lines of the program that the VM was made for, oldest first unless `order` says otherwise; also after the VM is
 /// gone, for as long as logs are kept. A page with `pagination` isn't the last: it may have fewer lines than `batch`, even
 /// none, when a search takes long.
-#[utoipa::path(get, path = "/v1/vms/{id}/logs/search", operation_id = "log_search", tag = "VMs",
+#[utoipa::path(get, path = "/v1/vms/{id}/logs/search", operation_id = "log_list", tag = "VMs",
     params(("id" = String, Path),
         ("query" = Option<String>, Query, description = "Only lines with this text, in upper or lower case"),
         ("batch" = Option<u32>, Query, minimum = 50, maximum = 1000, description = "Lines; 100 when missing"),
@@ -84,7 +84,7 @@ impl From<Line> for LogLine {
         ("from" = Option<String>, Query, description = "Only lines from then on: `2022-07-19T13:32:56+0000`, `2022-07-19T13:32:56Z` or `2022-07-19 13:32:56 UTC`"),
         ("to" = Option<String>, Query, description = "Only lines until then, in one of these forms")),
     responses((status = 200, description = "Lines", body = LogPage)))]
-pub(crate) async fn log_search(
+pub(crate) async fn log_list(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(id): Id<VmId>,
@@ -120,7 +120,7 @@ pub(super) async fn answer(
     let named = |wrong: WrongParameter| FieldError { field: wrong.field.to_owned(), message: wrong.message };
     let request = Request::read(id.as_str(), Some(id.as_str()), &sent)
         .map_err(|wrong| AppError::Fields(wrong.into_iter().map(named).collect()))?;
-    logs::log_page(app, caller, id, request).await
+    logs::log_list(app, caller, id, request).await
 }
 
 /// Follow what a VM's program prints
@@ -128,7 +128,7 @@ pub(super) async fn answer(
 /// Server-sent events: `line` with a line as data and its number as id; `missed`, `{"lines": 12}`, when lines were forgotten
 /// before this reader came to them; `end` when the VM is gone and all is told. A stream that breaks off is taken up without
 /// loss by `Last-Event-ID`. Without it, it begins with what comes, at `from`, or `tail` lines before the end.
-#[utoipa::path(get, path = "/v1/vms/{id}/logs/stream", operation_id = "log_stream", tag = "VMs",
+#[utoipa::path(get, path = "/v1/vms/{id}/logs/stream", operation_id = "log_follow", tag = "VMs",
     params(("id" = String, Path),
         ("Last-Event-ID" = Option<String>, Header, description = "The last line that was received"),
         ("query" = Option<String>, Query, description = "Only lines with this text, in upper or lower case"),
@@ -136,7 +136,7 @@ pub(super) async fn answer(
         ("from" = Option<String>, Query, description = "Begin with the lines from then on, as in a search")),
     responses((status = 200, description = "Lines until one side ends it", body = String, content_type = "text/event-stream"),
         (status = 429)))]
-pub(crate) async fn log_stream(
+pub(crate) async fn log_follow(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(id): Id<VmId>,

@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_secs(2);
 const CHECK: Duration = Duration::from_secs(15);
 
 /// A page of a VM's lines; also of one that is deleted.
-pub(crate) async fn log_page(app: &Arc<App>, caller: &Caller, id: &VmId, request: Request) -> Result<Answer, AppError> {
+pub(crate) async fn log_list(app: &Arc<App>, caller: &Caller, id: &VmId, request: Request) -> Result<Answer, AppError> {
     caller.require(Scope::Read)?;
     service_get(app, caller, id).await?;
     let (name, reader) = (id.to_string(), reader(app, id));

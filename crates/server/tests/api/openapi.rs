@@ -98,7 +98,7 @@ fn every_operation_has_an_id_a_summary_and_a_schema_for_each_answer() -> Result<
         let id = spec["operationId"].as_str().with_context(|| format!("{method} {path}"))?;
         let verbs = [
             "create", "list", "get", "update", "delete", "start", "stop", "pause", "resume", "fork", "revoke", "run",
-            "upload", "download", "open", "destroy", "cache", "rotate", "test", "retry",
+            "upload", "download", "open", "destroy", "cache", "rotate", "test", "retry", "follow",
         ];
         assert!(verbs.contains(&id.rsplit('_').next().unwrap()), "{id} is no <noun>_<verb>");
         assert!(spec["summary"].is_string(), "{id}");

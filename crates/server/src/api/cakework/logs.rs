@@ -61,7 +61,7 @@ impl From<Answer> for CakeworkLogPage {
 }
 
 /// Get what a VM's program printed, also after the VM is destroyed
-#[utoipa::path(get, path = "/v1/vm/{id}/logs", operation_id = "cakework_vm_logs", tag = "Programs",
+#[utoipa::path(get, path = "/v1/vm/{id}/logs", operation_id = "cakework_vm_log_list", tag = "Programs",
     params(("id" = String, Path),
         ("query" = Option<String>, Query, description = "Only lines with this text, in upper or lower case"),
         ("batch" = Option<u32>, Query, minimum = 50, maximum = 1000, description = "Lines; 100 when missing"),
@@ -70,7 +70,7 @@ impl From<Answer> for CakeworkLogPage {
         ("from" = Option<String>, Query, description = "Only lines from then on: `2022-07-19T13:32:56+0000`"),
         ("to" = Option<String>, Query, description = "Only lines until then")),
     responses((status = 200, description = "Lines", body = CakeworkLogPage)))]
-pub(crate) async fn cakework_vm_logs(
+pub(crate) async fn cakework_vm_log_list(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(ServiceId(id)): Id<ServiceId>,
@@ -80,7 +80,7 @@ pub(crate) async fn cakework_vm_logs(
 }
 
 /// Get what a cached VM's program printed, in all its runs
-#[utoipa::path(get, path = "/v1/vm/cached/{id}/logs", operation_id = "cakework_cached_logs", tag = "Programs",
+#[utoipa::path(get, path = "/v1/vm/cached/{id}/logs", operation_id = "cakework_cached_log_list", tag = "Programs",
     params(("id" = String, Path),
         ("query" = Option<String>, Query, description = "Only lines with this text, in upper or lower case"),
         ("batch" = Option<u32>, Query, minimum = 50, maximum = 1000, description = "Lines; 100 when missing"),
@@ -89,7 +89,7 @@ pub(crate) async fn cakework_vm_logs(
         ("from" = Option<String>, Query, description = "Only lines from then on: `2022-07-19T13:32:56+0000`"),
         ("to" = Option<String>, Query, description = "Only lines until then")),
     responses((status = 200, description = "Lines", body = CakeworkLogPage)))]
-pub(crate) async fn cakework_cached_logs(
+pub(crate) async fn cakework_cached_log_list(
     caller: Caller,
     State(app): State<Arc<App>>,
     Id(ServiceId(id)): Id<ServiceId>,
