@@ -48,7 +48,7 @@ fn host_config(config: &Config) -> anyhow::Result<HostConfig> {
         resolvers: resolvers(config),
         // The engine gives up first, so that it can say why and clear up before the server stops waiting for it.
         boot_timeout: config.vm.start_timeout * 4 / 5,
-        logs: Default::default(),
+        logs: config.logs,
         min_free_disk_mb: MIN_FREE_DISK_MB,
         monitor: SELF.into(),
     })
