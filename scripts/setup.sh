@@ -34,6 +34,7 @@ if [[ ${1-} == test ]]; then
     need dnsmasq-base dnsmasq
     need busybox-static /bin/busybox
     need jq jq
+    need docker-registry docker-registry
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 fi
 if ! "$ROOT/scripts/cargo" --version >/dev/null 2>&1; then

@@ -1,6 +1,6 @@
 //! The `tiffin` binary: joins the server, the per-VM monitor and the user's commands.
 //!
-//! Invariant: the monitor and the reader of uploaded filesystems are entered before anything else happens in the process,
+//! Invariant: the monitor and the readers of uploaded filesystems and of layers are entered before anything else happens in the process,
 //! no thread, no runtime and no argument parser, because they make namespaces and the one forks. Everything else is parsed by [`args`] and dispatched by [`run`].
 
 mod args;
@@ -13,7 +13,7 @@ mod output;
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
-use tiffin_image::convert;
+use tiffin_image::{convert, layers};
 
 use crate::{
     args::{Cli, Command},
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     match argv.get(1).and_then(|word| word.to_str()) {
         Some("monitor") => return tiffin_engine::monitor::main(&arguments()),
         Some(convert::SUBCOMMAND) => return convert::main(&arguments()),
+        Some(layers::SUBCOMMAND) => return layers::main(&arguments()),
         Some(_) | None => {}
     }
     let cli = match Cli::try_parse_from(&argv) {

@@ -156,6 +156,44 @@ impl Drop for Transfer {
     }
 }
 
+/// How far something is that the server gets, on stderr; nothing where stderr is no terminal. Gone when dropped.
+pub(crate) struct Arriving(Option<ProgressBar>);
+
+impl Arriving {
+    /// Shows `what` is being done.
+    pub(crate) fn start(what: impl Into<Cow<'static, str>>) -> Self {
+        Self(io::stderr().is_terminal().then(|| spinning_bar(what)))
+    }
+
+    /// Whether anybody sees it.
+    pub(crate) fn is_shown(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// So many bytes of so many are here, and so many files of them are unpacked.
+    pub(crate) fn show(&self, received: u64, expected: Option<u64>, files: Option<u64>) {
+        let (Some(bar), Some(expected)) = (&self.0, expected) else { return };
+        if bar.length() != Some(expected) {
+            bar.set_length(expected);
+            if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {elapsed}") {
+                bar.set_style(style);
+            }
+        }
+        bar.set_position(received);
+        if let Some(files) = files {
+            bar.set_message(format!("making an image of it: {files} entries"));
+        }
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// The steps of a long piece of work on stderr: a line for each, and under it, on a terminal, what it is busy with.
 /// Usable from several threads at once.
 pub(crate) struct Steps(Option<ProgressBar>);

@@ -420,3 +420,28 @@ fn completion_scripts_name_the_commands() {
         assert!(out.status.success() && text(&out.stdout).contains("exec"), "{shell}");
     }
 }
+
+#[test]
+fn an_import_takes_the_password_from_the_environment_or_stdin_and_prints_the_id() {
+    let image = "01JD4W5C1QZX6M0V5K2B8N7T3A";
+    let answer = Answer::json(200, json!({ "imageId": image }));
+    let server = Server::start(vec![("POST /v1/image/import", answer)]);
+    let out = tiffin(&server.url, &["image", "import", "ghcr.io/a/b:1", "--username", "me"])
+        .env("TIFFIN_REGISTRY_PASSWORD", "from-env")
+        .output()
+        .unwrap();
+    assert_eq!(text(&out.stdout), format!("{image}\n"), "{}", text(&out.stderr));
+    let mut piped = tiffin(&server.url, &["image", "import", "a", "--password-stdin"]);
+    let mut child = piped.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"from-stdin\n").unwrap();
+    assert!(child.wait_with_output().unwrap().status.success());
+    assert!(run(&server, &["image", "import", "a"]).status.success());
+    let bodies: Vec<Value> = server.requests().into_iter().map(|asked| asked.body).collect();
+    assert_eq!(bodies[0], json!({ "imageUri": "ghcr.io/a/b:1", "username": "me", "password": "from-env" }));
+    assert_eq!(bodies[1], json!({ "imageUri": "a", "password": "from-stdin" }));
+    assert_eq!(bodies[2], json!({ "imageUri": "a", "password": "" }));
+    let refused = run(&server, &["image", "import", "a", "--username", "me"]);
+    assert!(text(&refused.stderr).contains("TIFFIN_REGISTRY_PASSWORD"), "{}", text(&refused.stderr));
+    let refused = run(&server, &["image", "import", "a", "--password-stdin"]);
+    assert!(text(&refused.stderr).contains("one line"), "{}", text(&refused.stderr));
+}

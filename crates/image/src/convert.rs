@@ -13,6 +13,8 @@ mod confine;
 mod recognise;
 mod unpack;
 
+pub(crate) use confine::{Confinement, confine};
+
 use std::{
     fs::{self, DirBuilder, File},
     io::{self, Write},
@@ -23,7 +25,7 @@ use std::{
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     blob::{Blob, BlobError, BlobStore},
@@ -35,6 +37,9 @@ use crate::{
 /// The word by which a program that has this crate in it becomes the reader: its first argument.
 pub const SUBCOMMAND: &str = "convert-image";
 const PROGRESS: &str = "progress";
+/// Memory: names of a million files with several links each, with room to spare.
+const MEMORY_BYTES: u64 = 2 << 30;
+const OPEN_FILES: u64 = 32;
 
 /// What a conversion may use.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -89,14 +94,14 @@ pub enum ConvertError {
 
 /// Why a filesystem could not be unpacked, as the reader's process tells it.
 #[derive(Debug, Serialize, Deserialize)]
-enum Unreadable {
+pub(crate) enum Unreadable {
     Refused(String),
     DiskFull,
     Host(String),
 }
 
 impl Unreadable {
-    fn refused(why: impl Into<String>) -> Self {
+    pub(crate) fn refused(why: impl Into<String>) -> Self {
         Self::Refused(why.into())
     }
 }
@@ -135,6 +140,11 @@ impl Converter {
     /// Reads in this very process, unconfined: for tests of the layers above, whose program has no subcommands.
     pub fn in_process() -> Self {
         Self { program: None }
+    }
+
+    /// The program to run, if it isn't this process that reads.
+    pub(crate) fn program(&self) -> Option<&Utf8Path> {
+        self.program.as_deref()
     }
 
     /// Makes an image of the filesystem in the file `upload`, by way of the folder `work`, which is made and removed. The
@@ -197,7 +207,7 @@ fn enough_room(work: &Utf8Path, limits: &Limits, bytes: u64) -> Result<(), Conve
 }
 
 /// Removes a folder and all below it; one that isn't there is fine.
-fn remove_tree(path: &Utf8Path) -> io::Result<()> {
+pub(crate) fn remove_tree(path: &Utf8Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
@@ -213,7 +223,18 @@ fn read_confined(
 ) -> Result<Unpacked, ConvertError> {
     let mut command = Command::new(program);
     let limits_text = serde_json::to_string(limits).expect("numbers are always JSON");
-    command.args([SUBCOMMAND, upload.as_str(), root.as_str(), &limits_text]).current_dir("/").env_clear();
+    command.args([SUBCOMMAND, upload.as_str(), root.as_str(), &limits_text]);
+    run_confined(command, limits, "reading the filesystem", tell)
+}
+
+/// Runs a process that [`answer`]s, passes on what it tells, and gives its answer.
+pub(crate) fn run_confined<T: DeserializeOwned>(
+    mut command: Command,
+    limits: &Limits,
+    doing: &str,
+    tell: &mut dyn FnMut(Unpacked),
+) -> Result<T, ConvertError> {
+    command.current_dir("/").env_clear();
     let mut on_line = |line: &str| {
         if let Some(done) = line.strip_prefix(PROGRESS).and_then(|text| serde_json::from_str(text).ok()) {
             tell(done);
@@ -221,22 +242,21 @@ fn read_confined(
     };
     let said = tool::run(command, limits.time, &mut on_line).map_err(|error| match error {
         ToolError::Start { .. } => ConvertError::Host(error.to_string()),
-        ToolError::TooSlow { limit, .. } => ConvertError::Refused(format!(
-            "reading the filesystem took longer than {} s, the most that is given",
-            limit.as_secs()
-        )),
-        // It ran into a limit of its process, or into a mistake of ours: with other filesystems it works.
+        ToolError::TooSlow { limit, .. } => {
+            ConvertError::Refused(format!("{doing} took longer than {} s, the most that is given", limit.as_secs()))
+        }
         ToolError::Failed { ref stderr, .. } if stderr.contains(CANT_CONFINE) => ConvertError::Host(error.to_string()),
+        // It ran into a limit of its process, or into a mistake of ours: with others it works.
         ToolError::Failed { status, .. } => {
-            ConvertError::Refused(format!("the filesystem can't be read: its reader ended with {status}"))
+            ConvertError::Refused(format!("{doing} failed: the process that does it ended with {status}"))
         }
     })?;
-    let outcome: Result<Unpacked, Unreadable> = serde_json::from_slice(&said)
-        .map_err(|error| ConvertError::Host(format!("the reader's answer makes no sense: {error}")))?;
+    let outcome: Result<T, Unreadable> = serde_json::from_slice(&said)
+        .map_err(|error| ConvertError::Host(format!("the answer of the process that reads makes no sense: {error}")))?;
     Ok(outcome?)
 }
 
-const CANT_CONFINE: &str = "the reader can't be confined";
+pub(crate) const CANT_CONFINE: &str = "the reader can't be confined";
 
 /// The reader's process: `arguments` are the upload, the folder and the limits. Must be called before any thread is
 /// started.
@@ -249,12 +269,19 @@ pub fn main(arguments: &[String]) -> ExitCode {
         eprintln!("the limits are none");
         return ExitCode::from(2);
     };
+    answer(|tell| read(Path::new(upload), Path::new(root), true, &limits, tell))
+}
+
+/// Does the work of a confined process: tells how far it is on stderr, and its outcome on stdout.
+pub(crate) fn answer<T: Serialize>(
+    work: impl FnOnce(&mut (dyn FnMut(Unpacked) + Send)) -> Result<T, Unreadable>,
+) -> ExitCode {
     let mut tell = |done: Unpacked| {
         let text = serde_json::to_string(&done).expect("numbers are always JSON");
         // Whoever asked may be gone; then this process is about to be, too.
         let _ = writeln!(io::stderr(), "{PROGRESS} {text}");
     };
-    let outcome = read(Path::new(upload), Path::new(root), true, &limits, &mut tell);
+    let outcome = work(&mut tell);
     if let Err(Unreadable::Host(why)) = &outcome
         && why.starts_with(CANT_CONFINE)
     {
@@ -281,7 +308,14 @@ fn read(
     // What makes the image of the folder sees its files below the folder's own path.
     let before = root.canonicalize().map_err(host)?.as_os_str().len();
     if confined {
-        confine::confine(root, limits).map_err(|error| Unreadable::Host(format!("{CANT_CONFINE}: {error}")))?;
+        let bounds = Confinement {
+            memory_bytes: MEMORY_BYTES,
+            cpu_seconds: limits.time.as_secs().max(1),
+            file_bytes: limits.bytes,
+            open_files: OPEN_FILES,
+            capabilities: confine::GIVE_AWAY,
+        };
+        confine(root, &bounds).map_err(|error| Unreadable::Host(format!("{CANT_CONFINE}: {error}")))?;
         root = Path::new("/");
     }
     let seen = file.try_clone().map_err(host)?;

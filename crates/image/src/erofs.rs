@@ -1,7 +1,13 @@
-//! From a folder to an EROFS file.
+//! From a folder to an EROFS file; and from a tree in memory (`erofs/write.rs`), for what strangers send as archives.
 //!
 //! The same folder gives the same bytes: times are set to 0 and the filesystem's id is fixed. Owners, modes, links and
 //! extended attributes are kept. Nothing is compressed and nothing is inlined, because gVisor maps the file as it is.
+
+mod layout;
+pub(crate) mod tree;
+pub(crate) mod write;
+
+pub(crate) use layout::{XATTR_BYTES, xattr_bytes};
 
 use std::{fs::OpenOptions, io, process::Command, time::Duration};
 

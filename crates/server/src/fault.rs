@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 static ARMED: OnceLock<String> = OnceLock::new();
 
 /// Every point, in the order in which a VM's life passes them.
-pub const POINTS: [&str; 28] = [
+pub const POINTS: [&str; 30] = [
     "after_vm_insert",
     "after_start_intent",
     "after_engine_create",
@@ -43,6 +43,9 @@ pub const POINTS: [&str; 28] = [
     // A delivery to a webhook.
     "after_delivery_claim",
     "before_delivery_settle",
+    // An import.
+    "after_import_received",
+    "after_import_made",
 ];
 
 /// Arms the point with this name, for the rest of the process's life.

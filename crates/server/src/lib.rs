@@ -18,6 +18,7 @@ pub mod fault;
 mod metrics;
 mod patient;
 mod reconcile;
+mod registry;
 mod serve;
 
 pub use api::openapi_document;

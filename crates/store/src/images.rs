@@ -29,10 +29,12 @@ macro_rules! select {
 }
 
 mod defaults;
+mod imports;
 mod partials;
 mod uploads;
 
 pub use self::{
+    imports::Imported,
     partials::Partial,
     uploads::{Upload, Uploaded},
 };

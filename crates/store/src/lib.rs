@@ -31,7 +31,7 @@ pub use api_keys::{ApiKey, NewApiKey};
 pub use error::StoreError;
 pub use exec_logs::{ExecKind, ExecLog, ExecOutcome};
 pub use idempotency::Idempotency;
-pub use images::{Image, ImageDeleted, ImageQuota, NewImage, Partial, Upload, Uploaded};
+pub use images::{Image, ImageDeleted, ImageQuota, Imported, NewImage, Partial, Upload, Uploaded};
 pub use overview::Figures;
 pub use quota::QuotaExceeded;
 pub use sessions::Session;

@@ -11,7 +11,7 @@ use crate::{
     args::Connection,
     client::Client,
     commands::{
-        image_build,
+        image_build, image_import,
         image_upload::{self, Begin},
     },
     failure::Failure,
@@ -33,6 +33,8 @@ enum ImageCommand {
     Get(OneArgs),
     /// Make an image, of an ext4 filesystem if one is given, and print its id
     Create(CreateArgs),
+    /// Import an image from a registry, and print its id
+    Import(image_import::ImportArgs),
     /// Upload a filesystem or a kernel to an image
     Upload(UploadArgs),
     /// Make an image the one that VMs are made of when none is named
@@ -118,6 +120,7 @@ pub(crate) async fn run(args: ImageArgs) -> Result<ExitCode, Failure> {
             if args.api.json { output::json(&image)? } else { show(&image)? }
         }
         ImageCommand::Create(args) => create(&args).await?,
+        ImageCommand::Import(args) => image_import::run(args).await?,
         ImageCommand::Upload(args) => {
             if args.files.rootfs.is_none() && args.files.kernel.is_none() {
                 return Err(anyhow::anyhow!("nothing to upload: give --rootfs FILE, --kernel FILE or both").into());

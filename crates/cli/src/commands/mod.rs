@@ -9,6 +9,7 @@ pub(crate) mod doctor;
 pub(crate) mod host;
 pub(crate) mod image;
 pub(crate) mod image_build;
+pub(crate) mod image_import;
 pub(crate) mod image_upload;
 pub(crate) mod key;
 pub(crate) mod logs;

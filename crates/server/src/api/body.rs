@@ -187,6 +187,12 @@ pub(crate) struct Fields {
     errors: Vec<FieldError>,
 }
 
+impl From<Map<String, Value>> for Fields {
+    fn from(object: Map<String, Value>) -> Self {
+        Self { object, errors: Vec::new() }
+    }
+}
+
 impl Fields {
     /// Whether the field is given.
     pub(crate) fn has(&self, name: &str) -> bool {

@@ -20,6 +20,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("logs", "What programs print", include_str!("../../../../docs/user/logs.md")),
     ("scripts", "Scripts", include_str!("../../../../docs/user/scripts.md")),
     ("images", "Images", include_str!("../../../../docs/user/images.md")),
+    ("importing-images", "Importing images", include_str!("../../../../docs/user/importing-images.md")),
     ("errors", "Errors", include_str!("../../../../docs/user/errors.md")),
     ("admin", "Administration", include_str!("../../../../docs/user/admin.md")),
     ("webhooks", "Webhooks", include_str!("../../../../docs/user/webhooks.md")),

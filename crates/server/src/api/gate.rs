@@ -131,6 +131,7 @@ impl Operation {
 fn changes(method: &Method, route: &str) -> bool {
     match (method.as_str(), route) {
         ("POST", "/v1/vm/{id}") => false,
+        ("GET", "/v1/image/import") => true,
         (method, _) => method != "GET",
     }
 }

@@ -15,6 +15,7 @@ mod files;
 mod gate;
 mod health;
 mod images;
+mod imports;
 mod layer;
 mod logs;
 mod openapi;

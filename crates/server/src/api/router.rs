@@ -8,8 +8,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
-    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, layer, logs,
-    openapi, overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
+    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, imports, layer,
+    logs, openapi, overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
 };
 use crate::{app::App, error::AppError};
 
@@ -39,6 +39,7 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(files::files_download))
         .routes(routes!(files::file_get, files::file_update))
         .routes(routes!(images::image_create, images::image_list))
+        .routes(routes!(imports::image_import_list))
         .routes(routes!(images::image_get, images::image_delete))
         .routes(routes!(uploads::image_rootfs_update))
         .routes(routes!(uploads::image_kernel_update))

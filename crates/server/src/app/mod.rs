@@ -13,6 +13,7 @@ pub(crate) mod files;
 mod guest;
 pub(crate) mod health;
 pub(crate) mod images;
+pub(crate) mod imports;
 pub(crate) mod journal;
 pub(crate) mod logs;
 pub(crate) mod overview;
@@ -54,6 +55,8 @@ pub(crate) struct App {
     pub(crate) metrics: PrometheusHandle,
     /// Where images are, and what is being uploaded to them.
     pub(crate) images: images::Images,
+    /// What is being imported from registries.
+    pub(crate) imports: imports::Imports,
     /// Every task of the server.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when the server is asked to shut down.
@@ -119,6 +122,7 @@ impl App {
             snapshot_locks: Locks::default(),
             tasks: TaskTracker::new(),
             undestroyed: Mutex::default(),
+            imports: imports::Imports::new(&config),
             config,
             engine,
             store,

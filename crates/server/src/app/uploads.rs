@@ -250,15 +250,15 @@ fn is_final(error: &AppError) -> bool {
 }
 
 /// Whether the disk keeps its floor when so many bytes more are on it.
-fn enough_room(app: &App, bytes: u64) -> Result<(), AppError> {
+pub(super) fn enough_room(app: &App, bytes: u64) -> Result<(), AppError> {
     let disk = nix::sys::statvfs::statvfs(app.config.data_dir.as_std_path());
     let disk = disk.map_err(|error| AppError::internal("looking for free space", error))?;
     let free = disk.blocks_available().saturating_mul(disk.fragment_size());
     if free < app.config.images.min_free_disk_bytes.saturating_add(bytes) { Err(no_room()) } else { Ok(()) }
 }
 
-fn no_room() -> AppError {
-    AppError::Unavailable { code: "no_capacity", message: "the host's disk has no room for the upload".into() }
+pub(super) fn no_room() -> AppError {
+    AppError::Unavailable { code: "no_capacity", message: "the host's disk has no room for it".into() }
 }
 
 fn too_large(limit: u64) -> AppError {

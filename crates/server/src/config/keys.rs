@@ -540,6 +540,42 @@ pub const KEYS: &[Key] = &[
         "What an account's images may take on the host together, in bytes.",
     ),
     Key::new(
+        "registry.loopback",
+        "true",
+        SWITCH,
+        "Whether images may be imported from registries on the server's own loopback addresses, which are spoken to without TLS.",
+    ),
+    Key::unset(
+        "registry.allow_networks",
+        "public addresses alone",
+        Allowed::Words("networks, comma-separated, such as 10.1.0.0/16,fd12::/48"),
+        "Networks that registries, and what they point to, may be in although they are private.",
+    ),
+    Key::unset(
+        "registry.plain_http",
+        "only those on loopback",
+        Allowed::Words("hosts, or hosts and ports, comma-separated, such as registry.internal:5000"),
+        "Registries that are spoken to without TLS. One on a private address needs registry.allow_networks too.",
+    ),
+    Key::new(
+        "registry.timeout_ms",
+        "3600000",
+        Allowed::Integer(1000, 86_400_000),
+        "How long importing an image may take.",
+    ),
+    Key::new(
+        "registry.imports_in_flight",
+        "4",
+        Allowed::Integer(1, 64),
+        "Images that are imported at once; further ones get 503.",
+    ),
+    Key::new(
+        "registry.cache_mb",
+        "10240",
+        Allowed::Integer(0, 1_000_000_000),
+        "What layers of imported images may take on the disk between imports, in MiB; those not used for the longest time go.",
+    ),
+    Key::new(
         "network.uplink_cidr",
         "10.213.0.0/16",
         Allowed::Words("an IPv4 network with a prefix from /8 to /24 and no host bits, such as 10.213.0.0/16"),

@@ -74,6 +74,8 @@ pub struct Config {
     pub admin_email: String,
     /// Images and uploads to them.
     pub images: ImagesConfig,
+    /// Registries that images are imported from.
+    pub registry: RegistryConfig,
     /// Networks of VMs.
     pub network: NetworkConfig,
     /// Whether `/metrics` asks for an API key.
@@ -331,6 +333,23 @@ pub struct WebhooksConfig {
     pub kept_deliveries: u64,
 }
 
+/// Registries that images are imported from.
+#[derive(Debug, Clone)]
+pub struct RegistryConfig {
+    /// Whether those on loopback are let in.
+    pub loopback: bool,
+    /// Networks that are let in although they are private.
+    pub allow_networks: Vec<IpNet>,
+    /// Hosts, some with ports, that are spoken to without TLS.
+    pub plain_http: Vec<String>,
+    /// How long an import may take.
+    pub timeout: Duration,
+    /// Imports at once.
+    pub imports_in_flight: usize,
+    /// Bytes that layers may take between imports.
+    pub cache_bytes: u64,
+}
+
 /// Networks of VMs.
 #[derive(Debug, Clone)]
 pub struct NetworkConfig {
@@ -343,6 +362,12 @@ pub struct NetworkConfig {
 /// A text that isn't shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
 
 impl Secret {
     /// The text.
@@ -507,6 +532,22 @@ impl Config {
                     bytes: values.integer("images.bytes_per_account")?,
                 },
             },
+            registry: RegistryConfig {
+                loopback: values.one_of("registry.loopback")? == "true",
+                allow_networks: values
+                    .optional("registry.allow_networks", |text| {
+                        text.split(',').map(|net| net.trim().parse().ok()).collect()
+                    })?
+                    .unwrap_or_default(),
+                plain_http: values
+                    .optional("registry.plain_http", |text| {
+                        text.split(',').map(|host| registry_host(host.trim())).collect()
+                    })?
+                    .unwrap_or_default(),
+                timeout: values.millis("registry.timeout_ms")?,
+                imports_in_flight: values.count("registry.imports_in_flight")?,
+                cache_bytes: values.integer("registry.cache_mb")? << 20,
+            },
             network: NetworkConfig {
                 uplink: uplink(values)?,
                 resolvers: values.optional("network.resolvers", |text| {
@@ -555,6 +596,12 @@ fn retry_delays(text: &str) -> Option<Vec<Duration>> {
     let seconds = |word: &str| word.trim().parse().ok().filter(|seconds| *seconds <= 604_800);
     let delays: Vec<u64> = text.split(',').map(seconds).collect::<Option<_>>()?;
     (delays.len() <= 30).then(|| delays.into_iter().map(Duration::from_secs).collect())
+}
+
+/// A registry's host as references have it.
+fn registry_host(text: &str) -> Option<String> {
+    let reference: tiffin_image::oci::Reference = format!("{text}/x").parse().ok()?;
+    (reference.host() == text.to_ascii_lowercase()).then(|| reference.host().to_owned())
 }
 
 fn uplink(values: &Values) -> Result<Ipv4Net, ConfigError> {

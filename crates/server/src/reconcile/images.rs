@@ -9,7 +9,7 @@ use tiffin_image::{
 use tiffin_types::id::Digest;
 
 use crate::{
-    app::{App, images::leaving, uploads},
+    app::{App, images::leaving, imports, uploads},
     error::{AppError, chain},
 };
 
@@ -24,6 +24,7 @@ const YOUNG: Duration = Duration::from_secs(3600);
 pub(crate) async fn settle_images(app: &App) -> Result<(), AppError> {
     settle_uploads(app).await?;
     uploads::kept::settle(app).await?;
+    imports::settle(app).await;
     sweep_blobs(app).await
 }
 

@@ -175,6 +175,12 @@ impl Server {
         send(self.request(Method::PUT, path).header("Content-Type", "application/octet-stream").body(body)).await
     }
 
+    /// The account of the key.
+    pub(crate) async fn account(&self) -> Result<tiffin_types::id::AccountId> {
+        let accounts = self.get("/v1/admin/accounts").await?.ok(200);
+        Ok(accounts[0]["id"].as_str().context("an account")?.parse()?)
+    }
+
     /// The folder of the server's data.
     pub(crate) fn data_dir(&self) -> &std::path::Path {
         self._dir.path()

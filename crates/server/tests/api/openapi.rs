@@ -62,6 +62,8 @@ fn body_type(operation: &Operation) -> Option<String> {
 pub(crate) fn good_body(id: &str) -> Value {
     match id.strip_prefix("prefixed_").unwrap_or(id) {
         "cakework_vm_start" | "cakework_vm_cache" => json!({ "imageId": "01JD4W5C1QZX6M0V5K2B8N7T3A" }),
+        // Registries on that port are none.
+        "posted_cakework_image_import" => json!({ "imageUri": "localhost:1/x" }),
         "vm_create" => crate::harness::small_vm(),
         "vm_fork" => json!({ "count": 1 }),
         "snapshot_create" => json!({ "name": "x" }),
@@ -98,7 +100,7 @@ fn every_operation_has_an_id_a_summary_and_a_schema_for_each_answer() -> Result<
         let id = spec["operationId"].as_str().with_context(|| format!("{method} {path}"))?;
         let verbs = [
             "create", "list", "get", "update", "delete", "start", "stop", "pause", "resume", "fork", "revoke", "run",
-            "upload", "download", "open", "destroy", "cache", "rotate", "test", "retry", "follow",
+            "upload", "download", "open", "destroy", "cache", "rotate", "test", "retry", "follow", "import",
         ];
         assert!(verbs.contains(&id.rsplit('_').next().unwrap()), "{id} is no <noun>_<verb>");
         assert!(spec["summary"].is_string(), "{id}");

@@ -134,7 +134,7 @@ impl Store {
         match uploaded {
             Uploaded::Rootfs { digest, size_bytes, rootfs_bytes } => {
                 sqlx::query(
-                    "UPDATE images SET digest = $2, size_bytes = $3, rootfs_bytes = $4, config = '{}' WHERE id = $1",
+                    "UPDATE images SET digest = $2, size_bytes = $3, rootfs_bytes = $4, config = '{}', imported_from = NULL WHERE id = $1",
                 )
                 .bind(id.as_str())
                 .bind(digest.as_str())

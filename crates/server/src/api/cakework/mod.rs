@@ -4,6 +4,7 @@
 //! Every operation is mounted twice, at the root and below [`PREFIX`]: clients of this dialect ask for `GET /v1/vms`, which
 //! at the root is the other dialect's. Unknown fields of bodies are ignored here, and what has no answer is answered by `{}`.
 
+mod images;
 mod logs;
 mod vms;
 
@@ -32,6 +33,7 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
 
 fn both_places() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
+        .routes(routes!(images::cakework_image_import, images::cakework_image_import_by_query))
         .routes(routes!(vms::cakework_vm_start))
         .routes(routes!(vms::cakework_vm_get))
         .routes(routes!(logs::cakework_vm_log_list))
