@@ -16,7 +16,6 @@ pub mod config;
 mod error;
 pub mod fault;
 mod metrics;
-mod patient;
 mod reconcile;
 mod registry;
 mod serve;

@@ -13,6 +13,7 @@ use hyper_util::{
 };
 use tiffin_engine::Engine;
 use tiffin_image::convert::Converter;
+use tiffin_proxy::Patient;
 use tiffin_store::Store;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -25,9 +26,7 @@ use crate::{
     app::{App, images::Images, journal::Entry, webhooks},
     config::Config,
     error::{AppError, chain},
-    fault, metrics,
-    patient::Patient,
-    reconcile,
+    fault, metrics, reconcile,
 };
 
 /// How long to leave a listener alone that can't accept (out of file descriptors).

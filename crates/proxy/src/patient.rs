@@ -17,7 +17,7 @@ use tokio::{
 };
 
 /// The socket.
-pub(crate) struct Patient<S> {
+pub struct Patient<S> {
     stream: S,
     limit: Duration,
     /// Set while a write waits for the other end.
@@ -26,7 +26,7 @@ pub(crate) struct Patient<S> {
 
 impl<S> Patient<S> {
     /// Writes to `stream` may wait that long.
-    pub(crate) fn new(stream: S, limit: Duration) -> Self {
+    pub fn new(stream: S, limit: Duration) -> Self {
         Self { stream, limit, waiting: None }
     }
 
