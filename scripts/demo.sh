@@ -26,6 +26,7 @@ cat <<END
 Tiffin is up.
     URL       $TIFFIN_URL   (API: $TIFFIN_URL/swagger, documentation: $TIFFIN_URL/docs)
     API key   $TIFFIN_API_KEY
+    VMs       $TIFFIN_INGRESS_URL   (ports that are exposed, each by a name below it; trust $TIFFIN_INGRESS_CA)
     login     $TIFFIN_ADMIN_EMAIL, password $TIFFIN_ADMIN_PASSWORD
     settings  source .tiffin/env
 

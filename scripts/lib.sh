@@ -38,6 +38,8 @@ step() {
 # The settings of the server and of what works beside it on its data; each may be chosen in the environment.
 server_settings() {
     export TIFFIN_LISTEN=${TIFFIN_LISTEN:-127.0.0.1:3000}
+    export TIFFIN_INGRESS_LISTEN=${TIFFIN_INGRESS_LISTEN:-127.0.0.1:3443}
+    export TIFFIN_INGRESS_DOMAIN=${TIFFIN_INGRESS_DOMAIN:-vm.localhost}
     export TIFFIN_DATA_DIR=${TIFFIN_DATA_DIR:-$STATE/data}
     # Sockets need short paths, and a checkout's may be long.
     local name

@@ -3,7 +3,7 @@
 #   server.sh start   keeps one that runs this very program with these settings, else replaces it; VMs live on
 #   server.sh stop    ends it; VMs live on
 #   server.sh clean   ends it and every VM, and removes what they left on the host
-# Settings: TIFFIN_LISTEN (127.0.0.1:3000) and every other TIFFIN_* that `tiffin serve` knows.
+# Settings: TIFFIN_LISTEN (127.0.0.1:3000), TIFFIN_INGRESS_LISTEN (127.0.0.1:3443) and every other TIFFIN_* that `tiffin serve` knows.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
@@ -16,8 +16,9 @@ owner=${ENV_OWNER:-0:0}
 LOG=$STATE/server.log
 PID_FILE=$STATE/server.pid
 ENV_FILE=$STATE/env
+CA_FILE=$STATE/ingress-ca.pem
 # The client's; the server's settings, which a restart compares, don't depend on them.
-unset TIFFIN_URL TIFFIN_API_KEY TIFFIN_ADMIN_PASSWORD
+unset TIFFIN_URL TIFFIN_API_KEY TIFFIN_ADMIN_PASSWORD TIFFIN_INGRESS_URL TIFFIN_INGRESS_CA
 server_settings
 URL=http://$TIFFIN_LISTEN
 
@@ -43,19 +44,23 @@ settings() {
     sha256sum "$BIN/tiffin" "$BIN/tiffin-agent" "$BIN/runsc"
 }
 
+# port_is_free VARIABLE: whether nobody listens where that setting says.
 port_is_free() {
-    local port=${TIFFIN_LISTEN##*:} taken
+    local address=${!1} port taken
+    [[ $address != off ]] || return 0
+    port=${address##*:}
     taken=$(ss -Hltnp "sport = :$port")
     [[ -z $taken ]] && return
     die "port $port is taken by something else:
     $taken
-stop that, or choose another: TIFFIN_LISTEN=127.0.0.1:3001 make up"
+stop that, or choose another: $1=127.0.0.1:$((port + 1)) make up"
 }
 
 healthy() { curl -fsS --max-time 2 -o /dev/null "$URL/health" 2>/dev/null; }
 
 launch() {
-    port_is_free
+    port_is_free TIFFIN_LISTEN
+    port_is_free TIFFIN_INGRESS_LISTEN
     [[ ! -e $LOG || $(stat -c %s "$LOG") -lt 50000000 ]] || mv "$LOG" "$LOG.1"
     (umask 077 && touch "$LOG")
     local before
@@ -118,11 +123,19 @@ Put a valid one into $ENV_FILE (export TIFFIN_API_KEY=...), or begin anew: make 
         email=$(last_word "$LOG" 'email ' '[^ ]') password=$(last_word "$LOG" 'password ' '[0-9a-f]')
         login_works "$email" "$password" || { email='' password=''; say "    no password that works is known; set one: tiffin admin password --data-dir $TIFFIN_DATA_DIR"; }
     fi
+    # Where clients reach VMs, and what they trust.
+    local ingress=https://$TIFFIN_INGRESS_DOMAIN:${TIFFIN_INGRESS_LISTEN##*:}
+    [[ $TIFFIN_INGRESS_LISTEN != off ]] || ingress=
+    TIFFIN_URL=$URL TIFFIN_API_KEY=$key "$BIN/tiffin" ingress ca >"$CA_FILE.new" 2>/dev/null || : >"$CA_FILE.new"
+    mv "$CA_FILE.new" "$CA_FILE"
+    chown "$owner" "$CA_FILE"
     rm -f "$ENV_FILE.new"
     (umask 077 && touch "$ENV_FILE.new")
     cat >"$ENV_FILE.new" <<END
 export TIFFIN_URL=$URL
 export TIFFIN_API_KEY=$key
+export TIFFIN_INGRESS_URL=$ingress
+export TIFFIN_INGRESS_CA=$CA_FILE
 export TIFFIN_ADMIN_EMAIL=$email
 export TIFFIN_ADMIN_PASSWORD=$password
 case ":\$PATH:" in *":$BIN:"*) ;; *) export PATH="$BIN:\$PATH" ;; esac

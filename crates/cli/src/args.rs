@@ -4,7 +4,9 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     bench,
-    commands::{account, admin, completion, config, doctor, host, image, key, logs, serve, snapshot, vm, webhook},
+    commands::{
+        account, admin, completion, config, doctor, host, image, ingress, key, logs, serve, snapshot, vm, webhook,
+    },
 };
 
 /// Runs other people's code in isolated VMs.
@@ -28,6 +30,8 @@ pub(crate) enum Command {
     Snapshot(snapshot::SnapshotArgs),
     /// Images that VMs start from
     Image(image::ImageArgs),
+    /// How VMs are reached from outside
+    Ingress(ingress::IngressArgs),
     /// API keys (needs a key with the admin scope)
     Key(key::KeyArgs),
     /// Accounts (needs a key with the admin scope)

@@ -56,6 +56,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Vm(args) => on_one_thread(commands::vm::run(args)),
         Command::Logs(args) => on_one_thread(commands::logs::run(args)),
         Command::Snapshot(args) => on_one_thread(commands::snapshot::run(args)),
+        Command::Ingress(args) => on_one_thread(commands::ingress::run(args)),
         Command::Key(args) => on_one_thread(commands::key::run(args)),
         Command::Account(args) => on_one_thread(commands::account::run(args)),
         Command::Webhook(args) => on_one_thread(commands::webhook::run(args)),

@@ -32,7 +32,7 @@ fn serve(folder: &Path, port: u16) -> Command {
     let mut command = tiffin();
     command.args(["serve", "--set", "engine=fake", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"]);
     command.arg(folder.join("data")).args(["--set", &format!("run_dir={}", folder.join("run").display())]);
-    command.args(["--set", "rate.vm_create_per_min=0", "--set", "rate.exec_per_min=0"]);
+    command.args(["--set", "rate.vm_create_per_min=0", "--set", "rate.exec_per_min=0", "--set", "ingress.listen=off"]);
     command
 }
 

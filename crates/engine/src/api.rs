@@ -274,7 +274,8 @@ pub trait Engine: Send + Sync + 'static {
     /// the image meanwhile.
     async fn image_release(&self, image: &Digest) -> Result<bool, EngineError>;
 
-    /// Opens a connection into a running guest.
+    /// Opens a connection into a running guest. Where the guest refuses it (nothing listens) or doesn't answer, it is
+    /// [`EngineError::Host`] and its source the [`std::io::Error`] of the connect.
     async fn dial(&self, id: &VmId, target: Target) -> Result<Connection, EngineError>;
 
     /// The secret that the VM's agent asks for.

@@ -99,9 +99,10 @@ impl Backend {
     }
 
     /// Closes what is kept for the next request; what is under way goes on.
-    pub async fn close_idle(&self) {
+    pub fn close_idle(&self) {
         self.kept().idle.clear();
-        let mut shared = self.shared.lock().await;
+        // One that is just made isn't idle.
+        let Ok(mut shared) = self.shared.try_lock() else { return };
         if shared.as_ref().is_some_and(|shared| Arc::strong_count(&shared.place) == 1) {
             *shared = None;
         }

@@ -27,4 +27,4 @@ pub use app::{
     sessions::{FirstLogin, SetPasswordError, first_login, set_password},
 };
 pub use config::{Config, ConfigError};
-pub use serve::{ServeError, serve};
+pub use serve::{IngressError, ServeError, serve};

@@ -42,6 +42,7 @@ fn make() -> PrometheusHandle {
     describe_gauge!("tiffin_pool_vms", "VMs that are booted ahead and ready.");
     describe_counter!("tiffin_journal_lost_total", "Times that entries of the audit trail or of exec logs were lost.");
     describe_counter!("tiffin_webhook_deliveries_total", "Attempts to deliver to webhooks, by what came of them.");
+    tiffin_proxy::describe();
     describe_gauge!("tiffin_build_info", "Always 1; the version is in the label.");
     gauge!("tiffin_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     handle

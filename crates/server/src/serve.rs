@@ -21,9 +21,16 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use crate::app::ingress::IngressError;
 use crate::{
     api,
-    app::{App, images::Images, journal::Entry, webhooks},
+    app::{
+        App,
+        images::Images,
+        ingress::{Ingress, load_routes},
+        journal::Entry,
+        webhooks,
+    },
     config::Config,
     error::{AppError, chain},
     fault, metrics, reconcile,
@@ -41,6 +48,9 @@ pub enum ServeError {
     /// The VMs that an earlier server left could not be taken over.
     #[error("can't take over the VMs on this host: {0}")]
     Adopt(String),
+    /// The ingress can't begin.
+    #[error(transparent)]
+    Ingress(#[from] IngressError),
     /// The folder of images can't be used.
     #[error("can't open the images")]
     Images(#[from] tiffin_image::blob::BlobError),
@@ -65,6 +75,7 @@ pub async fn serve(
     if let Some(point) = &config.fault {
         fault::arm(point);
     }
+    let ingress = Ingress::open(&config).await?;
     let images = Images::open(&config, converter)?;
     let outbound = webhooks::client(&config.webhooks)?;
     let app = App::new(config, engine, store, images, outbound, metrics::install(), shutdown.clone());
@@ -74,12 +85,17 @@ pub async fn serve(
     let told = Arc::downgrade(&app);
     app.store.watch_vms(move |vm| {
         if let Some(app) = told.upgrade() {
+            app.routes.follow(vm);
             app.journal.note(Entry::of_vm(vm));
         }
     });
     reconcile::adopt_all(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
     reconcile::settle_images(&app).await.map_err(|error: AppError| ServeError::Adopt(error.inside()))?;
+    load_routes(&app).await.map_err(|error| ServeError::Adopt(error.inside()))?;
     reconcile::spawn_all(&app);
+    if let Some(ingress) = ingress {
+        ingress.begin(&app);
+    }
     tracing::info!(listen = listener.local_addr().map(|address| address.to_string()).ok(), "listening");
     accept_until_shutdown(&app, listener).await;
 

@@ -88,6 +88,8 @@ pub const WEBHOOK_OVERLAP_S_DEFAULT: u64 = 86_400;
 pub const WEBHOOK_DELIVERIES: RangeInclusive<u32> = 1..=200;
 /// The same, when the request doesn't say.
 pub const WEBHOOK_DELIVERIES_DEFAULT: u32 = 50;
+/// Ports of a VM that are reached from outside.
+pub const PORTS_MAX: u32 = 16;
 /// Processes and threads that a guest may have at once.
 pub const GUEST_PIDS: u32 = 1024;
 

@@ -96,6 +96,11 @@ impl Client {
         self.json(Call { body, ..Call::new(Method::POST, path) }).await
     }
 
+    /// `PUT` without a body.
+    pub(crate) async fn put(&self, path: &str) -> Result<Value, Failure> {
+        self.json(Call::new(Method::PUT, path)).await
+    }
+
     /// `DELETE`.
     pub(crate) async fn delete(&self, path: &str) -> Result<(), Failure> {
         self.json(Call::new(Method::DELETE, path)).await.map(drop)

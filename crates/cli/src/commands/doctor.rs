@@ -60,6 +60,7 @@ fn input(config: &Config) -> DoctorInput {
         runsc: config.runsc.clone(),
         agent: config.agent.clone(),
         listen: Some(config.listen),
+        ingress: config.ingress.listen,
     }
 }
 

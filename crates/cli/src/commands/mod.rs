@@ -11,6 +11,7 @@ pub(crate) mod image;
 pub(crate) mod image_build;
 pub(crate) mod image_import;
 pub(crate) mod image_upload;
+pub(crate) mod ingress;
 pub(crate) mod key;
 pub(crate) mod logs;
 pub(crate) mod serve;

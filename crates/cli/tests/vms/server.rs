@@ -108,7 +108,7 @@ impl Site {
             command.args(["--set", &format!("rate.{rate}_per_min=0")]);
         }
         // What is on the host is what the API lists, except in tests of the pool, which set it.
-        command.args(["--set", "pool.max_vms=0"]);
+        command.args(["--set", "pool.max_vms=0", "--set", "ingress.listen=off"]);
         for setting in &self.settings {
             command.args(["--set", setting]);
         }

@@ -48,6 +48,8 @@ pub struct DoctorInput {
     pub agent: Option<Utf8PathBuf>,
     /// Where the server listens; not looked at when not named (when it already does).
     pub listen: Option<SocketAddr>,
+    /// Where its ingress listens, in the same way.
+    pub ingress: Option<SocketAddr>,
 }
 
 /// How bad it is.

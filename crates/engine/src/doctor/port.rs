@@ -1,4 +1,4 @@
-//! The port that the API is to listen on: free, ours already, or somebody else's.
+//! The ports that the API and the ingress are to listen on: free, ours already, or somebody else's.
 
 use std::{
     io::{self, Read, Write},
@@ -6,13 +6,31 @@ use std::{
     time::Duration,
 };
 
-use super::{Check, DoctorInput};
+use super::{Check, DoctorInput, Level};
 
 const NAME: &str = "port";
+const INGRESS: &str = "ingress port";
 const LIMIT: Duration = Duration::from_millis(500);
 
 pub(super) fn check(input: &DoctorInput) -> Vec<Check> {
-    input.listen.map(port).into_iter().collect()
+    let api = input.listen.map(port);
+    // What holds the ingress's port beside a server that answers is that server's ingress, as far as can be told.
+    let is_ours = api.as_ref().is_some_and(|api| api.level == Level::Warn);
+    api.into_iter().chain(input.ingress.map(|address| ingress(address, is_ours))).collect()
+}
+
+fn ingress(address: SocketAddr, is_ours: bool) -> Check {
+    match TcpListener::bind(address) {
+        Ok(_) => Check::ok(INGRESS, format!("{address} is free")),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_ours => {
+            let remedy = "nothing, if that is the Tiffin that you want to run; else stop it";
+            Check::warn(INGRESS, format!("{address} is taken, as it is by a server that runs"), remedy)
+        }
+        Err(error) => {
+            let remedy = "stop what listens there, or set ingress.listen to another address, or to off";
+            Check::fail(INGRESS, format!("{address}: {error}"), remedy)
+        }
+    }
 }
 
 fn port(address: SocketAddr) -> Check {
@@ -44,7 +62,6 @@ fn answers_health(address: SocketAddr) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Level;
 
     #[test]
     fn a_free_port_is_fine_and_one_that_somebody_holds_is_not() {
@@ -53,6 +70,18 @@ mod tests {
         assert_eq!(port(address).level, Level::Fail);
         drop(listener);
         assert_eq!(port(address).level, Level::Ok);
+    }
+
+    #[test]
+    fn the_ingress_port_may_be_held_by_a_server_of_ours_and_by_nobody_else() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        assert_eq!(ingress(address, true).level, Level::Warn);
+        let refused = ingress(address, false);
+        assert_eq!(refused.level, Level::Fail);
+        assert!(refused.remedy.unwrap().contains("ingress.listen"));
+        drop(listener);
+        assert_eq!(ingress(address, false).level, Level::Ok);
     }
 
     #[test]

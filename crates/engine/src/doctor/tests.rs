@@ -9,6 +9,7 @@ fn input() -> DoctorInput {
         runsc: None,
         agent: None,
         listen: None,
+        ingress: None,
     }
 }
 

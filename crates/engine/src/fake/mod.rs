@@ -14,18 +14,20 @@ mod terminal;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    net::Ipv4Addr,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
+use tiffin_protocol::AGENT_PORT;
 use tiffin_types::{
     id::{Digest, SnapshotId, VmId},
     network::EgressPolicy,
     vm::{EndReason, EndReport, EngineName, Isolation, VmSpec},
 };
-use tokio::sync::Notify;
+use tokio::{net::TcpStream, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -411,7 +413,12 @@ impl Engine for Fake {
             }
         };
         match target {
-            Target::Port(_) => Err(EngineError::Unsupported { engine: "fake", what: "dial a port" }),
+            Target::Port(AGENT_PORT) => Err(EngineError::Invalid("the agent's port is not for dialling".into())),
+            // Its guests' ports are those of this machine's loopback: nothing is isolated here.
+            Target::Port(port) => match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
+                Ok(stream) => Ok(Box::pin(stream)),
+                Err(error) => Err(EngineError::host("connecting into the guest", error)),
+            },
             Target::Agent => {
                 let (host, guest) = tokio::io::duplex(64 * 1024);
                 let shared = Arc::clone(&self.shared);

@@ -174,7 +174,7 @@ fn line(reply: &Reply) -> io::Result<Vec<u8>> {
 }
 
 fn refuse(connection: &mut UnixStream, message: impl Into<String>) -> io::Result<()> {
-    say(connection, &Reply::Refused { message: message.into() })
+    say(connection, &Reply::refused(message.into()))
 }
 
 fn watch(vm: &Vm, connection: &mut UnixStream) -> io::Result<()> {
@@ -238,7 +238,11 @@ fn dial(vm: &Vm, connection: &mut UnixStream, port: u16) -> io::Result<()> {
             )?;
             Ok(())
         }
-        Err(error) => refuse(connection, error.to_string()),
+        Err(error) => {
+            let number =
+                if error.kind() == io::ErrorKind::TimedOut { Some(libc::ETIMEDOUT) } else { error.raw_os_error() };
+            say(connection, &Reply::Refused { message: error.to_string(), errno: number })
+        }
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) fn change(vm: &Vm) -> Reply {
         Ok(()) => Reply::Done,
         Err(message) => {
             vm.errors.line(format!("changing the network policy: {message}"));
-            Reply::Refused { message: "the network policy could not be changed".into() }
+            Reply::refused("the network policy could not be changed".into())
         }
     }
 }

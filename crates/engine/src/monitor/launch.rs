@@ -217,7 +217,17 @@ pub enum Reply {
     Refused {
         /// Why.
         message: String,
+        /// The kernel's number for it, of a dial.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        errno: Option<i32>,
     },
+}
+
+impl Reply {
+    /// It can't be done, for that reason.
+    pub fn refused(message: String) -> Self {
+        Self::Refused { message, errno: None }
+    }
 }
 
 /// What a guest may have that an engine can't save.

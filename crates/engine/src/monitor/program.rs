@@ -25,7 +25,7 @@ pub(super) fn start(vm: &Vm) -> Reply {
         return Reply::NotRunning;
     }
     let Some(program) = &vm.launch.spec.program else {
-        return Reply::Refused { message: "the VM has no program".into() };
+        return Reply::refused("the VM has no program".into());
     };
     match agent::start_program(vm, program) {
         Ok(Answer::Done) => {
@@ -38,7 +38,7 @@ pub(super) fn start(vm: &Vm) -> Reply {
         }
         Err(error) => {
             vm.errors.line(format!("starting the program: {error}"));
-            Reply::Refused { message: "the guest did not answer".into() }
+            Reply::refused("the guest did not answer".into())
         }
     }
 }

@@ -84,7 +84,7 @@ pub(super) fn save(vm: &Vm, into: &Path, given_up: impl Fn() -> bool) -> Reply {
         }
         Err(Failed::TimedOut { message, .. } | Failed::Host(message)) => {
             vm.errors.line(format!("saving: {message}"));
-            Reply::Refused { message: "the engine could not save the VM".into() }
+            Reply::refused("the engine could not save the VM".into())
         }
     }
 }

@@ -93,7 +93,7 @@ impl Monitored {
         match talk::ask(&self.folder(id), &Ask::Egress, FREEZE).await {
             Ok(Reply::Done) => Changed::Done,
             Ok(Reply::NotRunning) => Changed::No(EngineError::WrongState("not running")),
-            Ok(Reply::Refused { message }) => {
+            Ok(Reply::Refused { message, .. }) => {
                 Changed::No(EngineError::host(format!("changing what {id} may reach"), io::Error::other(message)))
             }
             Ok(_) => Changed::Unknown(EngineError::WrongState("not answering")),

@@ -440,7 +440,7 @@ impl Monitored {
         match talk::ask(&self.folder(id), ask, FREEZE).await {
             Ok(Reply::Done) => Ok(()),
             Ok(Reply::NotRunning) => Err(EngineError::WrongState("not running")),
-            Ok(Reply::Refused { message }) => {
+            Ok(Reply::Refused { message, .. }) => {
                 Err(EngineError::host(format!("pausing or resuming {id}"), io::Error::other(message)))
             }
             Ok(_) => Err(EngineError::WrongState("not answering")),

@@ -32,7 +32,7 @@ impl Monitored {
             Ok(Reply::Done) => Ok(()),
             Ok(Reply::NotRunning) => Err(EngineError::WrongState("not running")),
             Ok(Reply::Busy) => Err(EngineError::WrongState(talk::BUSY)),
-            Ok(Reply::Refused { message }) => {
+            Ok(Reply::Refused { message, .. }) => {
                 Err(EngineError::host(format!("starting the program of {id}"), io::Error::other(message)))
             }
             Ok(_) => Err(EngineError::WrongState("not answering")),

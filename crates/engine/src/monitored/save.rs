@@ -81,7 +81,7 @@ impl Monitored {
             Ok(Reply::Unsavable { what }) => return Err(EngineError::WrongState(what.state())),
             Ok(Reply::Full) => return Err(EngineError::NoCapacity("the host's disk is full".into())),
             Ok(Reply::NotRunning) => return Err(EngineError::WrongState("not running")),
-            Ok(Reply::Refused { message }) => {
+            Ok(Reply::Refused { message, .. }) => {
                 return Err(EngineError::host(format!("saving {id}"), io::Error::other(message)));
             }
             Ok(_) => return Err(EngineError::WrongState("not answering")),

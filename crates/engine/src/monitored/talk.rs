@@ -81,8 +81,9 @@ pub(super) async fn dial(dir: &Path, port: u16) -> Result<TcpStream, EngineError
             (Ok(Reply::Dialled), Some(fd)) => Ok(fd),
             (Ok(Reply::Busy), _) => Err(EngineError::WrongState(BUSY)),
             (Ok(Reply::NotRunning), _) => Err(EngineError::WrongState("not running")),
-            (Ok(Reply::Refused { message }), _) => {
-                Err(EngineError::host("connecting into the guest", io::Error::other(message)))
+            (Ok(Reply::Refused { message, errno }), _) => {
+                let why = errno.map_or_else(|| io::Error::other(message), io::Error::from_raw_os_error);
+                Err(EngineError::host("connecting into the guest", why))
             }
             _ => Err(EngineError::WrongState("not running")),
         }

@@ -190,7 +190,7 @@ async fn connections_to_a_program_are_used_again_and_closed_with_the_route() {
         assert_eq!(text(answer.into_body()).await, "ok");
     }
     assert!(way.dials() <= 2, "{} dials", way.dials());
-    backend.close_idle().await;
+    backend.close_idle();
     until("what is idle is closed when asked", async || open.load(Ordering::SeqCst) == 0).await;
     let answer = within(client.send_request(get("/"))).await.unwrap();
     assert_eq!(text(answer.into_body()).await, "ok");

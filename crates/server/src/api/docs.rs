@@ -25,6 +25,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("admin", "Administration", include_str!("../../../../docs/user/admin.md")),
     ("webhooks", "Webhooks", include_str!("../../../../docs/user/webhooks.md")),
     ("snapshots", "Snapshots", include_str!("../../../../docs/user/snapshots.md")),
+    ("ingress", "Reaching programs in VMs", include_str!("../../../../docs/user/ingress.md")),
     ("networking", "Networking", include_str!("../../../../docs/user/networking.md")),
     ("cli", "Command line", include_str!("../../../../docs/user/cli.md")),
     ("configuration", "Configuration", include_str!("../../../../docs/user/configuration.md")),

@@ -111,6 +111,21 @@ impl<T: Noun, S: Send + Sync> FromRequestParts<S> for Id<T> {
     }
 }
 
+/// The VM and the port in the path.
+pub(crate) struct IdAndPort(pub(crate) VmId, pub(crate) u16);
+
+impl<S: Send + Sync> FromRequestParts<S> for IdAndPort {
+    type Rejection = AppError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, AppError> {
+        let texts = Path::<(String, String)>::from_request_parts(parts, state).await;
+        let Path((id, port)) = texts.map_err(|_| AppError::NotFound(VmId::NOUN))?;
+        let id = id.parse().map_err(|_| AppError::NotFound(VmId::NOUN))?;
+        let port = port.parse().ok().filter(|port| *port != 0);
+        Ok(Self(id, port.ok_or_else(|| AppError::field("port", "must be a whole number from 1 to 65535"))?))
+    }
+}
+
 /// The query's parameters, each at most once.
 pub(crate) struct Parameters(BTreeMap<String, String>);
 

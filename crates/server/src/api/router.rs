@@ -8,8 +8,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
-    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, imports, layer,
-    logs, openapi, overview, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
+    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, imports, ingress,
+    layer, logs, openapi, overview, ports, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
 };
 use crate::{app::App, error::AppError};
 
@@ -23,6 +23,8 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(vms::vm_pause))
         .routes(routes!(vms::vm_resume))
         .routes(routes!(vms::vm_network_get))
+        .routes(routes!(ports::port_list))
+        .routes(routes!(ports::port_create, ports::port_delete))
         .routes(routes!(snapshots::vm_fork))
         .routes(routes!(snapshots::snapshot_create))
         .routes(routes!(snapshots::snapshot_list))
@@ -61,6 +63,7 @@ pub(super) fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sessions::session_create))
         .routes(routes!(sessions::session_delete))
         .routes(routes!(sessions::session_get))
+        .routes(routes!(ingress::ingress_get))
         .routes(routes!(health::health_get))
         .routes(routes!(health::metrics_get))
         .merge(cakework::operations());

@@ -14,14 +14,17 @@ mod guest;
 pub(crate) mod health;
 pub(crate) mod images;
 pub(crate) mod imports;
+pub(crate) mod ingress;
 pub(crate) mod journal;
 pub(crate) mod logs;
 pub(crate) mod overview;
 pub(crate) mod passwords;
 mod places;
 pub(crate) mod pool;
+pub(crate) mod ports;
 pub(crate) mod prepared;
 pub(crate) mod rates;
+pub(crate) mod routes;
 pub(crate) mod scripts;
 pub(crate) mod services;
 pub(crate) mod sessions;
@@ -57,6 +60,10 @@ pub(crate) struct App {
     pub(crate) images: images::Images,
     /// What is being imported from registries.
     pub(crate) imports: imports::Imports,
+    /// What is told of the ingress.
+    ingress: ingress::Facts,
+    /// Which host name leads into which VM.
+    pub(crate) routes: Arc<routes::Routes>,
     /// Every task of the server.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when the server is asked to shut down.
@@ -105,7 +112,12 @@ impl App {
         metrics: PrometheusHandle,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
+        let ingress = &config.ingress;
+        let upstreams = tiffin_proxy::Upstreams::new(ingress.proxy.clone());
+        let routes = Arc::new(routes::Routes::new(Arc::clone(&engine), &ingress.domain, upstreams));
         Arc::new(Self {
+            ingress: ingress::Facts::default(),
+            routes,
             journal: Journal::default(),
             watchers: Arc::new(Semaphore::new(config.limits.event_streams)),
             followers: Arc::new(Semaphore::new(config.limits.log_streams)),

@@ -56,6 +56,7 @@ impl Key {
 }
 
 const PATH: Allowed = Allowed::Words("an absolute path");
+const MILLIS: Allowed = Allowed::Integer(100, 86_400_000);
 const PER_MINUTE: Allowed = Allowed::Integer(0, 1_000_000);
 const SWITCH: Allowed = Allowed::OneOf(&["true", "false"]);
 
@@ -269,6 +270,85 @@ pub const KEYS: &[Key] = &[
         Allowed::Words("a domain in lower case, such as vm.example.com"),
         "What the host names of VMs end in.",
     ),
+    Key::new(
+        "ingress.listen",
+        "127.0.0.1:3443",
+        Allowed::Words("an address and a port, such as 0.0.0.0:443, or off"),
+        "Where VMs are reached from outside, by TLS.",
+    ),
+    Key::unset(
+        "ingress.http_listen",
+        "off",
+        Allowed::Words("an address and a port, such as 0.0.0.0:80"),
+        "Where plain HTTP is redirected to TLS.",
+    ),
+    Key::unset(
+        "ingress.public_port",
+        "that of ingress.listen",
+        Allowed::Words("a port from 1 to 65535"),
+        "The port in VMs' URLs, where clients reach the ingress at another one than it listens on.",
+    ),
+    Key::unset(
+        "ingress.cert_file",
+        "an authority of its own",
+        PATH,
+        "The certificate for `*.` and the domain, with its chain, in PEM; taken anew when the file changes.",
+    ),
+    Key::unset(
+        "ingress.key_file",
+        "an authority of its own",
+        Allowed::Words("an absolute path where ingress.cert_file is set, and nothing where it isn't"),
+        "The private key of `ingress.cert_file`, in PEM.",
+    ),
+    Key::new(
+        "ingress.max_connections",
+        "4096",
+        Allowed::Integer(1, 1_000_000),
+        "Connections of clients to the ingress at once. More wait to be accepted.",
+    ),
+    Key::new(
+        "ingress.connections_per_address",
+        "512",
+        Allowed::Integer(1, 1_000_000),
+        "Of those, connections of one address (IPv6: of one /64). More are closed at once.",
+    ),
+    Key::new(
+        "ingress.connections_per_vm",
+        "512",
+        Allowed::Integer(1, 60_000),
+        "Connections of the ingress into one port of a VM at once, WebSockets among them. Requests for which there is none get 503.",
+    ),
+    Key::new(
+        "ingress.idle_timeout_ms",
+        "60000",
+        MILLIS,
+        "How long a client's connection may be idle, and how long it has for a request's head.",
+    ),
+    Key::new(
+        "ingress.body_timeout_ms",
+        "60000",
+        MILLIS,
+        "How long a client may send nothing of a request's body that a program waits for.",
+    ),
+    Key::new(
+        "ingress.answer_timeout_ms",
+        "120000",
+        MILLIS,
+        "How long a program may take from a request's end until its answer begins.",
+    ),
+    Key::new(
+        "ingress.stream_timeout_ms",
+        "3600000",
+        MILLIS,
+        "How long an answer (server-sent events), a WebSocket or a gRPC stream may be silent.",
+    ),
+    Key::new(
+        "ingress.trust_forwarded",
+        "false",
+        SWITCH,
+        "Whether clients' `X-Forwarded-*` is believed and continued: set it only behind a proxy that writes these headers itself.",
+    ),
+    Key::new("ingress.access_log", "false", SWITCH, "Whether each request through the ingress is logged."),
     Key::new(
         "limits.snapshots_per_account",
         "100",

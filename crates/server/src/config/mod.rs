@@ -4,6 +4,7 @@
 //! exists is within every range. [`KEYS`] is the one list of settings: defaults, ranges, error texts and the
 //! documentation come from it.
 
+mod ingress;
 mod keys;
 mod sources;
 
@@ -14,6 +15,7 @@ use ipnet::{IpNet, Ipv4Net};
 use tiffin_store::ImageQuota;
 use tiffin_types::{account::Quota, limits, network::parse_allow_entry, vm::EngineName};
 
+pub use ingress::IngressConfig;
 pub use keys::{Allowed, KEYS, Key, document};
 pub use sources::{ConfigError, Origin};
 use sources::{Values, collect};
@@ -128,13 +130,6 @@ pub struct ServicesConfig {
     pub prepared: usize,
     /// Whether they reach the public internet.
     pub outbound_internet: bool,
-}
-
-/// How VMs are reached from outside.
-#[derive(Debug, Clone)]
-pub struct IngressConfig {
-    /// What the host names of VMs end in.
-    pub domain: String,
 }
 
 /// Commands in VMs.
@@ -464,7 +459,7 @@ impl Config {
                 prepared: values.count("services.prepared")?,
                 outbound_internet: values.one_of("services.outbound_internet")? == "true",
             },
-            ingress: IngressConfig { domain: values.with("ingress.domain", domain)? },
+            ingress: IngressConfig::from_values(values, values.millis("http.shutdown_grace_ms")?)?,
             quota: Quota {
                 vms: values.small("quota.vms")?,
                 cpus: values.small("quota.cpus")?,
@@ -581,15 +576,6 @@ fn keep(entry: &str) -> Option<Keep> {
     let keep = Keep { cpus: cpus.parse().ok()?, mem_mb: mem_mb.parse().ok()?, count: count.parse().ok()? };
     let fits = limits::CPU.contains(&keep.cpus) && limits::MEM_MB.contains(&keep.mem_mb) && keep.count <= 1000;
     fits.then_some(keep)
-}
-
-/// A domain name's labels (RFC 1123), with room for one more before them.
-fn domain(text: &str) -> Option<String> {
-    let is_label = |label: &str| {
-        let inner = label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-        (1..=63).contains(&label.len()) && inner && !label.starts_with('-') && !label.ends_with('-')
-    };
-    (text.len() <= 220 && text.split('.').all(is_label)).then(|| text.to_owned())
 }
 
 fn retry_delays(text: &str) -> Option<Vec<Duration>> {

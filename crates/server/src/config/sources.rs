@@ -8,7 +8,14 @@ use toml::de::{DeTable, DeValue};
 use super::keys::{Allowed, KEYS, Key};
 
 /// Variables that begin with `TIFFIN_` and are no settings of the server.
-const NOT_SETTINGS: &[&str] = &["TIFFIN_URL", "TIFFIN_API_KEY", "TIFFIN_CONFIG", "TIFFIN_ADMIN_PASSWORD"];
+const NOT_SETTINGS: &[&str] = &[
+    "TIFFIN_URL",
+    "TIFFIN_API_KEY",
+    "TIFFIN_CONFIG",
+    "TIFFIN_ADMIN_PASSWORD",
+    "TIFFIN_INGRESS_URL",
+    "TIFFIN_INGRESS_CA",
+];
 /// So are all that begin so.
 const NOT_SETTINGS_PREFIX: &str = "TIFFIN_TEST_";
 

@@ -99,6 +99,9 @@ async fn prune(app: Arc<App>) {
         Ok(keys) => tracing::debug!(keys, "old idempotency keys forgotten"),
         Err(error) => tracing::error!(error = chain(&error), "idempotency keys can't be pruned now"),
     }
+    if let Err(error) = app.store.port_prune().await {
+        tracing::error!(error = chain(&error), "ports of deleted VMs can't be forgotten now");
+    }
     let kept = i64::try_from(app.config.activity.kept.as_millis()).unwrap_or(i64::MAX);
     let since = Timestamp::now().plus_millis(-kept);
     if let Err(error) = app.store.journal_prune(since, app.config.activity.entries).await {

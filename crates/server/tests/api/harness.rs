@@ -85,6 +85,8 @@ impl Server {
         let dir = tempfile::tempdir()?;
         let mut all = vec![("data_dir".to_owned(), dir.path().to_str().context("a path of UTF-8")?.to_owned())];
         all.push(("http.shutdown_grace_ms".into(), "300".into()));
+        // Tests of the ingress set it.
+        all.push(("ingress.listen".into(), "off".into()));
         // Tests ask as often as they like, except those of the limits, which set them.
         let rates = ["vm_create", "exec", "run", "upload", "download", "auth_failures"];
         all.extend(

@@ -16,6 +16,7 @@ mod logs;
 mod openapi;
 mod overview;
 mod pool;
+mod ports;
 mod program_logs;
 mod rates;
 mod reconcile;

@@ -13,6 +13,7 @@ mod fixtures;
 mod idempotency;
 mod images;
 mod open;
+mod ports;
 mod postgres;
 mod quota;
 mod snapshots;
@@ -120,6 +121,11 @@ cases! {
         a_webhook_that_fails_for_too_long_or_is_gone_is_disabled,
         those_with_the_least_under_way_come_first_and_the_busy_not_at_all,
         old_deliveries_are_forgotten_and_those_of_webhooks_that_are_gone,
+    }
+    ports {
+        a_port_has_one_name_however_often_it_is_asked_for,
+        a_vm_has_so_many_ports_and_a_deleted_one_none,
+        a_corrupt_port_is_an_error,
     }
     quota {
         of_32_inserts_at_once_exactly_the_quota_succeeds,

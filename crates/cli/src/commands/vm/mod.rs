@@ -6,6 +6,7 @@ mod files;
 mod fork;
 mod logs;
 mod many;
+mod ports;
 mod run;
 mod shell;
 
@@ -64,6 +65,12 @@ pub(crate) enum VmCommand {
     Files(files::FilesArgs),
     /// Show the last lines of a VM's log
     Logs(logs::LogsArgs),
+    /// Give a port of a VM a URL by which it is reached from outside, and print that
+    Expose(ports::PortArgs),
+    /// Take a port's URL away
+    Unexpose(ports::PortArgs),
+    /// List a VM's ports that are reached from outside
+    Ports(OneArgs),
     /// Show which connections the VM's network has refused
     Network(OneArgs),
 }
@@ -101,6 +108,9 @@ pub(crate) async fn run(args: VmArgs) -> Result<ExitCode, Failure> {
         VmCommand::Cp(args) => files::copy(&client, &args).await?,
         VmCommand::Files(args) => files::list(&client, &args).await?,
         VmCommand::Logs(args) => logs::run(&client, &args).await?,
+        VmCommand::Expose(args) => ports::expose(&client, &args).await?,
+        VmCommand::Unexpose(args) => ports::unexpose(&client, &args).await?,
+        VmCommand::Ports(args) => ports::list(&client, &args).await?,
         VmCommand::Network(args) => network(&client, &args).await?,
     }
     Ok(ExitCode::SUCCESS)

@@ -110,6 +110,8 @@ pub(crate) async fn save(app: &App, vm: &Vm, into: &SnapshotId) -> Result<Taken,
 
 async fn save_in_time(app: &App, vm: &Vm, into: &SnapshotId) -> Result<Taken, AppError> {
     fault::point("after_snapshot_intent");
+    // Nobody waits on them, and a VM with an open connection can't be saved.
+    app.routes.close_idle(&vm.id);
     let limit = app.config.vm.snapshot_timeout;
     let saved = match tokio::time::timeout(limit, app.engine.snapshot_save(&vm.id, into)).await {
         Ok(Ok(saved)) => saved,
