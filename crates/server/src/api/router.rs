@@ -8,8 +8,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::{
-    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, imports, ingress,
-    layer, logs, openapi, overview, ports, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms, webhooks,
+    accounts, activity, api_keys, cakework, docs, events, exec, exec_logs, files, gate, health, images, imports,
+    ingress, layer, logs, openapi, overview, ports, scripts, sessions, snapshots, terminal, uploads, vm_logs, vms,
+    webhooks,
 };
 use crate::{app::App, error::AppError};
 
