@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! * Nothing is held but one chunk: the program's output is read only once the last was taken.
-//! * The exit is told once what was printed by then is carried, or [`DRAIN`] later where a process that was left behind
+//! * The exit is told once what was printed by then is carried, or the time to drain later where a process that was left behind
 //!   prints on; that goes on being carried until the last of them is gone.
 
 use std::os::fd::{AsFd, OwnedFd};
