@@ -224,14 +224,14 @@ fn read_confined(
     let mut command = Command::new(program);
     let limits_text = serde_json::to_string(limits).expect("numbers are always JSON");
     command.args([SUBCOMMAND, upload.as_str(), root.as_str(), &limits_text]);
-    run_confined(command, limits, "reading the filesystem", tell)
+    run_confined(command, limits, "the filesystem", tell)
 }
 
 /// Runs a process that [`answer`]s, passes on what it tells, and gives its answer.
 pub(crate) fn run_confined<T: DeserializeOwned>(
     mut command: Command,
     limits: &Limits,
-    doing: &str,
+    what: &str,
     tell: &mut dyn FnMut(Unpacked),
 ) -> Result<T, ConvertError> {
     command.current_dir("/").env_clear();
@@ -242,13 +242,14 @@ pub(crate) fn run_confined<T: DeserializeOwned>(
     };
     let said = tool::run(command, limits.time, &mut on_line).map_err(|error| match error {
         ToolError::Start { .. } => ConvertError::Host(error.to_string()),
-        ToolError::TooSlow { limit, .. } => {
-            ConvertError::Refused(format!("{doing} took longer than {} s, the most that is given", limit.as_secs()))
-        }
+        ToolError::TooSlow { limit, .. } => ConvertError::Refused(format!(
+            "reading {what} took longer than {} s, the most that is given",
+            limit.as_secs()
+        )),
         ToolError::Failed { ref stderr, .. } if stderr.contains(CANT_CONFINE) => ConvertError::Host(error.to_string()),
         // It ran into a limit of its process, or into a mistake of ours: with others it works.
         ToolError::Failed { status, .. } => {
-            ConvertError::Refused(format!("{doing} failed: the process that does it ended with {status}"))
+            ConvertError::Refused(format!("{what} can't be read: its reader ended with {status}"))
         }
     })?;
     let outcome: Result<T, Unreadable> = serde_json::from_slice(&said)

@@ -121,7 +121,7 @@ impl Converter {
                 let mut command = Command::new(program);
                 let order_text = serde_json::to_string(order).expect("names and numbers are always JSON");
                 command.args([SUBCOMMAND, &order_text, work.as_str(), incoming.path().as_str()]);
-                run_confined(command, &order.limits, "unpacking the image", tell)?
+                run_confined(command, &order.limits, "the image", tell)?
             }
             None => assemble(order, work.as_std_path(), incoming.path().as_std_path(), false, tell)?,
         };

@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 
 use crate::{
     harness::{Reply, Server, send, small_vm, until},
-    registry::{INDEX, Image, Odd, Registry, architecture, digest, tar},
+    odd::Odd,
+    registry::{INDEX, Image, Registry, architecture, digest, tar},
 };
 
 /// An image of two layers.

@@ -13,6 +13,7 @@ mod http;
 mod images;
 mod imports;
 mod logs;
+mod odd;
 mod openapi;
 mod overview;
 mod pool;

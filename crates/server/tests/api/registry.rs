@@ -1,29 +1,19 @@
-//! Registries to import from: a real one, and one that does what no real one does.
+//! A registry to import from: Debian's `docker-registry`; and images for it. Tests of other crates use it too.
+#![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 use std::{
-    collections::HashMap,
     io::Write,
     process::{Child, Command, Stdio},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
-use axum::{
-    Router,
-    body::Body,
-    extract::{Request, State},
-    http::{StatusCode, header},
-    response::{IntoResponse, Response},
-};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::harness::until;
-
+/// How long it may take to come up.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// The user `AWS` with the password `secret-token`, and `reader` with `pass-word`.
 const USERS: &str = "AWS:$2y$05$5nPxrQonjQJSn4Bdxgo6Gu0.xvF/AXk0Kxwri5upE0Y1toTWfeJQK\n\
     reader:$2y$05$MaIqlUGKrf1VhkpG8i1QS.GWOdIMU1aSDIXBYIVnCyjrKMOXlbaTW\n";
@@ -148,10 +138,11 @@ impl Registry {
         let host = format!("127.0.0.1:{port}");
         let client = reqwest::Client::builder().no_proxy().build()?;
         let registry = Self { process, host, password, client, _folder: folder };
-        until("the registry answers", async || {
-            Ok(registry.client.get(format!("http://{}/v2/", registry.host)).send().await.is_ok())
-        })
-        .await?;
+        let deadline = Instant::now() + PATIENCE;
+        while registry.client.get(format!("http://{}/v2/", registry.host)).send().await.is_err() {
+            ensure!(Instant::now() < deadline, "the registry doesn't answer");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         Ok(registry)
     }
 
@@ -193,94 +184,5 @@ impl Registry {
     /// A reference to an image in it.
     pub(crate) fn image(&self, rest: &str) -> String {
         format!("{}/{rest}", self.host)
-    }
-}
-
-/// How an odd registry answers a request; `None`: as it should.
-type Oddity = dyn Fn(&Request, usize) -> Option<Response> + Send + Sync;
-
-/// A registry that the test scripts.
-pub(crate) struct Odd {
-    pub(crate) host: String,
-    inner: Arc<Inner>,
-    server: tokio::task::JoinHandle<()>,
-}
-
-struct Inner {
-    answers: Mutex<HashMap<String, (String, Vec<u8>)>>,
-    oddity: Box<Oddity>,
-    /// Requests for layers.
-    layers: AtomicUsize,
-    seen: Mutex<Vec<(String, Option<String>)>>,
-}
-
-impl Drop for Odd {
-    fn drop(&mut self) {
-        self.server.abort();
-    }
-}
-
-impl Odd {
-    pub(crate) async fn start(
-        oddity: impl Fn(&Request, usize) -> Option<Response> + Send + Sync + 'static,
-    ) -> Result<Self> {
-        let inner = Arc::new(Inner {
-            answers: Mutex::default(),
-            oddity: Box::new(oddity),
-            layers: AtomicUsize::new(0),
-            seen: Mutex::default(),
-        });
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-        let host = listener.local_addr()?.to_string();
-        let router = Router::new().fallback(answer).with_state(Arc::clone(&inner));
-        #[allow(clippy::disallowed_methods, reason = "it ends with the test")]
-        let server = tokio::spawn(async move { drop(axum::serve(listener, router).await) });
-        Ok(Self { host, inner, server })
-    }
-
-    /// It has that image, as `app:1`.
-    pub(crate) fn has(&self, image: &Image) {
-        self.says("/v2/app/manifests/1", MANIFEST, image.bytes());
-        for blob in &image.blobs {
-            self.says(&format!("/v2/app/blobs/{}", digest(blob)), "application/octet-stream", blob.clone());
-        }
-    }
-
-    pub(crate) fn says(&self, path: &str, kind: &str, bytes: Vec<u8>) {
-        self.inner.answers.lock().unwrap().insert(path.to_owned(), (kind.to_owned(), bytes));
-    }
-
-    pub(crate) fn image(&self) -> String {
-        format!("{}/app:1", self.host)
-    }
-
-    /// Paths that were asked for, and what authorized that.
-    pub(crate) fn seen(&self) -> Vec<(String, Option<String>)> {
-        self.inner.seen.lock().unwrap().clone()
-    }
-}
-
-async fn answer(State(inner): State<Arc<Inner>>, request: Request) -> Response {
-    let path = request.uri().path().to_owned();
-    let authorization = request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap().to_owned());
-    inner.seen.lock().unwrap().push((path.clone(), authorization));
-    let nth = if path.contains("/blobs/") { inner.layers.fetch_add(1, Ordering::Relaxed) } else { 0 };
-    if let Some(odd) = (inner.oddity)(&request, nth) {
-        return odd;
-    }
-    let Some((kind, bytes)) = inner.answers.lock().unwrap().get(&path).cloned() else {
-        return StatusCode::NOT_FOUND.into_response();
-    };
-    let from = request
-        .headers()
-        .get(header::RANGE)
-        .and_then(|value| value.to_str().ok()?.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
-    match from {
-        Some(from) => Response::builder()
-            .status(206)
-            .header("content-range", format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len()))
-            .body(Body::from(bytes[from..].to_vec()))
-            .unwrap(),
-        None => ([(header::CONTENT_TYPE, kind)], bytes).into_response(),
     }
 }

@@ -292,3 +292,37 @@ pub(crate) async fn what_is_kept_of_uploads_counts_against_the_quota_and_goes_wi
     let gone = store.image_partial_begin(&partial(&other, Upload::Rootfs)).await;
     assert!(matches!(gone, Err(StoreError::Conflict(_))), "{gone:?}");
 }
+
+pub(crate) async fn what_a_manifest_was_made_is_found_until_nobody_has_it_or_another_upload_replaced_it(db: Db) {
+    let store = db.open().await;
+    let (ada, bob) = (account(&store, "ada").await, account(&store, "bob").await);
+    let quota = ImageQuota { images: 2, bytes: 2500 };
+    let from = "registry.example.com/app@sha256:00";
+    assert_eq!(store.image_imported(from).await.unwrap(), None);
+    let new = |account: &AccountId| NewImage { size_bytes: 1000, ..new_image(Some(account), 1) };
+    let one = store.image_insert_imported(new(&ada.id), &ada.id, &quota, from).await.unwrap().unwrap();
+    let known = store.image_imported(from).await.unwrap().unwrap();
+    assert_eq!((Some(&known.digest), known.size_bytes), (one.digest.as_ref(), 1000));
+    let two = store.image_insert_imported(new(&bob.id), &bob.id, &quota, from).await.unwrap().unwrap();
+    // Replaced by an upload, it is no import any more; the other one still is.
+    let uploaded = Uploaded::Rootfs { digest: digest(9), size_bytes: 10, rootfs_bytes: 10 };
+    store.image_upload_begin(&one.id, Upload::Rootfs).await.unwrap();
+    store.image_upload_finish(&one.id, Some(&ada.id), &quota, &uploaded).await.unwrap().unwrap();
+    assert_eq!(store.image_imported(from).await.unwrap(), Some(known));
+    assert!(matches!(store.image_delete(&two.id).await.unwrap(), ImageDeleted::Deleted(_)));
+    assert_eq!(store.image_imported(from).await.unwrap(), None);
+}
+
+pub(crate) async fn an_import_keeps_to_both_parts_of_the_quota(db: Db) {
+    let store = db.open().await;
+    let ada = account(&store, "ada").await;
+    let new = |bytes| NewImage { size_bytes: bytes, ..new_image(Some(&ada.id), 1) };
+    let insert =
+        async |quota: ImageQuota, bytes| store.image_insert_imported(new(bytes), &ada.id, &quota, "x").await.unwrap();
+    let quota = ImageQuota { images: 2, bytes: 2500 };
+    insert(quota, 1000).await.unwrap();
+    let over = insert(quota, 1501).await.unwrap_err();
+    assert_eq!(over, QuotaExceeded { what: "imageBytes", limit: 2500, used: 1000, asked: 1501 });
+    insert(quota, 1500).await.unwrap();
+    assert_eq!(insert(quota, 0).await.unwrap_err().what, "images");
+}

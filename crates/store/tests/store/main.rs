@@ -86,6 +86,8 @@ cases! {
         only_a_shared_image_becomes_the_default,
         there_is_exactly_one_default_however_many_race,
         an_image_is_found_by_digest_shared_ones_first,
+        what_a_manifest_was_made_is_found_until_nobody_has_it_or_another_upload_replaced_it,
+        an_import_keeps_to_both_parts_of_the_quota,
         digests_of_images_and_of_vms_that_exist_are_in_use,
         an_image_of_no_account_is_refused,
         an_upload_begins_and_ends_and_gives_up_the_blob_that_it_replaces,
