@@ -443,10 +443,10 @@ async fn a_guest_whose_pause_failed_after_it_took_effect_goes_on() {
     host.config.runsc = engine_that(&host, &format!("case \"$*\" in *' pause '*) {}; exit 1;; esac", real_engine()));
     host.restart().await;
     let id = host.running_as(small(&host)).await;
+    hide_socket(&host, &id);
     assert!(host.engine.pause(&id).await.is_err());
     assert_eq!(host.engine.observe(&id).await, Observed::Running);
     assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
-    hide_socket(&host, &id);
     assert!(host.engine.snapshot_save(&id, &SnapshotId::random()).await.is_err());
     assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
     host.engine.destroy(&id).await.unwrap();
@@ -493,6 +493,7 @@ async fn a_guest_that_can_not_go_on_ends_and_does_not_seem_to_run() {
     host.config.runsc = engine_that(&host, &broken);
     host.restart().await;
     let id = host.running_as(small(&host)).await;
+    hide_socket(&host, &id);
     assert!(host.engine.pause(&id).await.is_err());
     let ended = tokio::time::timeout(Duration::from_secs(60), host.engine.next_end()).await.unwrap();
     assert_eq!((ended.id, ended.report.reason), (id.clone(), EndReason::EngineLost));
