@@ -25,7 +25,8 @@ pub struct ProxyConfig {
     pub answer_timeout: Duration,
     /// How long an answer, a WebSocket or a gRPC stream may be silent.
     pub stream_timeout: Duration,
-    /// How long a connection into a VM is kept for the next request.
+    /// How long a connection into a VM is kept for the next request: less than programs keep theirs, the least of them
+    /// for two seconds.
     pub keep: Duration,
     /// How long requests under way may go on once the server is told to end.
     pub shutdown_grace: Duration,
@@ -50,7 +51,7 @@ impl Default for ProxyConfig {
             dial_timeout: Duration::from_secs(5),
             answer_timeout: Duration::from_secs(120),
             stream_timeout: Duration::from_secs(3600),
-            keep: Duration::from_secs(4),
+            keep: Duration::from_millis(1500),
             shutdown_grace: Duration::from_secs(10),
             trust_forwarded: false,
             access_log: false,

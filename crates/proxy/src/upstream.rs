@@ -205,20 +205,20 @@ impl Backend {
         if std::mem::replace(&mut self.kept().is_watched, true) {
             return;
         }
-        let (me, keep) = (Weak::clone(&self.me), self.upstreams.config.keep);
+        let (me, mut wait) = (Weak::clone(&self.me), self.upstreams.config.keep);
         self.upstreams.tasks.spawn(async move {
             loop {
-                tokio::time::sleep(keep).await;
+                tokio::time::sleep(wait).await;
                 let Some(backend) = me.upgrade() else { return };
-                if backend.close_old().await {
-                    return;
-                }
+                let Some(next) = backend.close_old().await else { return };
+                wait = next;
             }
         });
     }
 
-    /// Closes what is kept for too long. Whether nothing is left to be closed later.
-    async fn close_old(&self) -> bool {
+    /// Closes what is kept for too long, at the moment that it is: a program that closes first keeps its end for a minute.
+    /// When to look again, if anything is left.
+    async fn close_old(&self) -> Option<Duration> {
         let mut shared = self.shared.lock().await;
         if shared.as_ref().is_some_and(|shared| shared.sender.is_closed() || Arc::strong_count(&shared.place) == 1) {
             *shared = None;
@@ -226,8 +226,10 @@ impl Backend {
         let mut kept = self.kept();
         let keep = self.upstreams.config.keep;
         kept.idle.retain(|idle| idle.since.elapsed() < keep && !idle.sender.is_closed());
-        kept.is_watched = !kept.idle.is_empty() || shared.is_some();
-        !kept.is_watched
+        let oldest = kept.idle.front().map(|idle| keep.saturating_sub(idle.since.elapsed()));
+        let next = oldest.or(shared.is_some().then_some(keep));
+        kept.is_watched = next.is_some();
+        next
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {

@@ -194,6 +194,9 @@ async fn connections_to_a_program_are_used_again_and_closed_with_the_route() {
     until("what is idle is closed when asked", async || open.load(Ordering::SeqCst) == 0).await;
     let answer = within(client.send_request(get("/"))).await.unwrap();
     assert_eq!(text(answer.into_body()).await, "ok");
+    until("and after a while by itself", async || open.load(Ordering::SeqCst) == 0).await;
+    let answer = within(client.send_request(get("/"))).await.unwrap();
+    assert_eq!(text(answer.into_body()).await, "ok");
     drop(backend);
     site.table.remove(HOST);
     until("and when the route goes", async || open.load(Ordering::SeqCst) == 0).await;
