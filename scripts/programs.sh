@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# The whole path of a program, as a new user would go it with curl and then with the client library of the dialect
+# (npm package @cakework/client, unmodified), against the server of `make up`: a web program is packed into an image, pushed to a
+# real registry on loopback, imported, started, reached by HTTPS, its logs searched, and stopped.
+set -euo pipefail
+source "$(dirname "$0")/lib.sh"
+source "$STATE/env"
+
+CLIENT=@cakework/client@0.0.57
+
+work=$(mktemp -d)
+registry_pid=
+clean_up() {
+    local id
+    for id in $(cat "$work"/vms 2>/dev/null); do
+        curl -s -o /dev/null -X DELETE -H "X-API-Key: $TIFFIN_API_KEY" "$TIFFIN_URL/v1/vms/vm-$id"
+    done
+    for id in $(cat "$work"/images 2>/dev/null); do
+        curl -s -o /dev/null -X DELETE -H "X-API-Key: $TIFFIN_API_KEY" "$TIFFIN_URL/v1/images/$id"
+    done
+    [[ -z $registry_pid ]] || kill "$registry_pid" 2>/dev/null || true
+    rm -rf "$work"
+}
+trap clean_up EXIT
+
+# call STATUS METHOD PATH [CURL-ARGUMENT...]: asks, wants that status; the answer's body is in $work/body.
+call() {
+    local wanted=$1 method=$2 path=$3 status
+    shift 3
+    status=$(curl -sS --max-time 120 -o "$work/body" -w '%{http_code}' -X "$method" \
+        -H "X-Api-Key: $TIFFIN_API_KEY" -H 'Content-Type: application/json' "$@" "$TIFFIN_URL$path")
+    [[ $status == "$wanted" ]] || die "$method $path: status $status, not $wanted
+$(head -c 2000 "$work/body")"
+    say "    $status $method $path"
+}
+holds() {
+    jq -e "$1" "$work/body" >/dev/null || die "the answer is not as documented: $1
+$(head -c 2000 "$work/body")"
+}
+field() { jq -r "$1" "$work/body"; }
+
+# until SECONDS COMMAND...: tries again until it succeeds.
+until_ok() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        ((SECONDS < end)) || return 1
+        sleep 0.1
+    done
+}
+
+say "==> an image in a registry"
+registry=127.0.0.1:$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+cat >"$work/registry.yml" <<YML
+version: 0.1
+storage: {filesystem: {rootdirectory: $work/registry}}
+http: {addr: $registry}
+YML
+OTEL_TRACES_EXPORTER=none docker-registry serve "$work/registry.yml" >"$work/registry.log" 2>&1 &
+registry_pid=$!
+until_ok 20 curl -sf -o /dev/null "http://$registry/v2/" || die "the registry doesn't come up: $(tail -5 "$work/registry.log")"
+
+mkdir -p "$work/root"/{bin,etc,tmp,www}
+cp /bin/busybox "$work/root/bin/busybox"
+for applet in sh httpd echo sleep cat; do ln -s busybox "$work/root/bin/$applet"; done
+printf 'root:x:0:0:root:/:/bin/sh\nweb:x:1001:1001:web:/www:/bin/sh\n' >"$work/root/etc/passwd"
+printf 'root:x:0:\nweb:x:1001:\n' >"$work/root/etc/group"
+echo '<p>served from a VM</p>' >"$work/root/www/index.html"
+cat >"$work/root/bin/serve" <<'SH'
+#!/bin/sh
+echo "serving $GREETING"
+echo '{"level":"warn","msg":"a line with a level of its own"}'
+echo "to standard error" >&2
+exec httpd -f -p 8080 -h /www
+SH
+chmod 755 "$work/root/bin/serve"
+tar -C "$work/root" --owner=0 --group=0 --numeric-owner -cf "$work/layer.tar" .
+diff_id=sha256:$(sha256sum "$work/layer.tar" | cut -d' ' -f1)
+gzip -n "$work/layer.tar"
+jq -nc --arg diff "$diff_id" '{architecture: "amd64", os: "linux", rootfs: {type: "layers", diff_ids: [$diff]},
+    config: {Entrypoint: ["/bin/serve"], Env: ["PATH=/bin", "GREETING=nobody"], User: "web", WorkingDir: "/www",
+        ExposedPorts: {"8080/tcp": {}}}}' >"$work/config.json"
+digest_of() { echo "sha256:$(sha256sum "$1" | cut -d' ' -f1)"; }
+push_blob() {
+    local location
+    location=$(curl -sSf -o /dev/null -D - -X POST "http://$registry/v2/web/blobs/uploads/" | tr -d '\r' | sed -n 's/^[Ll]ocation: //p')
+    curl -sSf -o /dev/null -X PUT -H 'Content-Type: application/octet-stream' --data-binary @"$1" "$location&digest=$(digest_of "$1")"
+}
+push_blob "$work/layer.tar.gz"
+push_blob "$work/config.json"
+jq -nc --arg layer "$(digest_of "$work/layer.tar.gz")" --argjson layer_size "$(stat -c %s "$work/layer.tar.gz")" \
+    --arg config "$(digest_of "$work/config.json")" --argjson config_size "$(stat -c %s "$work/config.json")" \
+    '{schemaVersion: 2, mediaType: "application/vnd.oci.image.manifest.v1+json",
+      config: {mediaType: "application/vnd.oci.image.config.v1+json", digest: $config, size: $config_size},
+      layers: [{mediaType: "application/vnd.oci.image.layer.v1.tar+gzip", digest: $layer, size: $layer_size}]}' >"$work/manifest.json"
+curl -sSf -o /dev/null -X PUT -H 'Content-Type: application/vnd.oci.image.manifest.v1+json' \
+    --data-binary @"$work/manifest.json" "http://$registry/v2/web/manifests/v1"
+
+say "==> import"
+call 200 POST /v1/image/import -d "{\"imageUri\": \"$registry/web:v1\", \"password\": \"\"}"
+image=$(field .imageId)
+echo "$image" >>"$work/images"
+call 400 POST /v1/image/import -d "{\"imageUri\": \"$registry/web:v2\", \"password\": \"\"}"
+call 400 POST /v1/image/import -d '{"imageUri": "no reference", "password": ""}'
+
+# reached HOSTNAME: the program's page, by HTTPS, with the server's own certificate authority.
+ingress_port=${TIFFIN_INGRESS_URL##*:}
+reached() {
+    curl -sSf --max-time 5 --cacert "$TIFFIN_INGRESS_CA" --resolve "$1:$ingress_port:127.0.0.1" \
+        "https://$1:$ingress_port/" 2>/dev/null | grep -q 'served from a VM'
+}
+logged() {
+    call 200 GET "/v1/vm/$1/logs?query=$2"
+    jq -e --arg text "$3" '.lines | map(.message) | index($text)' "$work/body" >/dev/null
+}
+
+say "==> a VM for one run"
+call 200 POST /v1/vm/start -d "{\"imageId\": \"$image\", \"port\": 8080, \"envVars\": {\"GREETING\": \"a secret\"}}"
+holds '.state == "started" and .memory == 256 and .port == 8080 and (.hostname | endswith(".vm.localhost"))'
+jq -e 'tostring | contains("a secret") | not' "$work/body" >/dev/null || die "the environment is shown"
+vm=$(field .id) hostname=$(field .hostname)
+echo "$vm" >>"$work/vms"
+until_ok 20 reached "$hostname" || die "https://$hostname/ is not reached"
+until_ok 20 logged "$vm" SERVING "serving a secret" || die "the program's line isn't in its log"
+holds '.lines[0].level == "info" and (.lines[0].timestamp | type) == "number"'
+until_ok 20 logged "$vm" standard "to standard error" || die "the program's line isn't in its log"
+holds '.lines[0].level == "error"'
+call 200 GET "/vms?status=started&imageId=$image"
+holds ".vms | map(.id) | index(\"$vm\")"
+call 200 GET "/v1/vms/vm-$vm"
+call 200 POST "/v1/vm/$vm/stop"
+holds '. == {}'
+call 200 GET "/v1/vm/$vm"
+holds '.state == "destroyed"'
+logged "$vm" SERVING "serving a secret" || die "the log went with the VM"
+call 409 POST "/v1/vm/$vm/stop"
+
+say "==> a cached VM"
+call 200 POST /v1/vm/cache -d "{\"imageId\": \"$image\", \"port\": 8080, \"diskSize\": 1}"
+holds '.state == "stopped" and .volumeGB == 1'
+vm=$(field .id) hostname=$(field .hostname)
+echo "$vm" >>"$work/vms"
+for _ in 1 2; do
+    call 200 POST "/v1/vm/cached/$vm/start"
+    until_ok 20 reached "$hostname" || die "https://$hostname/ is not reached"
+    call 200 POST "/v1/vm/cached/$vm/stop"
+    call 200 GET "/v1/vm/$vm"
+    holds '.state == "stopped"'
+done
+call 200 GET "/v1/vm/cached/$vm/logs?order=newest_first&batch=50"
+holds '.lines | map(.message) | index("serving nobody")'
+call 200 POST "/v1/vm/cached/$vm/destroy"
+call 200 GET "/v1/vm/$vm"
+holds '.state == "destroyed"'
+
+say "==> the same by the client library"
+npm install --silent --no-audit --no-fund --prefix "$work/npm" "$CLIENT" >/dev/null
+export NODE_PATH=$work/npm/node_modules NODE_EXTRA_CA_CERTS=$TIFFIN_INGRESS_CA
+TIFFIN_IMAGE_URI=$registry/web:v1 TIFFIN_MADE=$work node "$ROOT/scripts/programs-client.cjs"
+
+say "every step of a program's path went as documented"
