@@ -156,6 +156,6 @@ holds '.state == "destroyed"'
 say "==> the same by the client library"
 npm install --silent --no-audit --no-fund --prefix "$work/npm" "$CLIENT" >/dev/null
 export NODE_PATH=$work/npm/node_modules NODE_EXTRA_CA_CERTS=$TIFFIN_INGRESS_CA
-TIFFIN_IMAGE_URI=$registry/web:v1 TIFFIN_MADE=$work node "$ROOT/scripts/programs-client.cjs"
+TIFFIN_IMAGE_URI=$registry/web:v1 TIFFIN_MADE=$work node "$ROOT/crates/cli/tests/programs-client.cjs"
 
 say "every step of a program's path went as documented"
