@@ -4,6 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 source "$STATE/env"
+source "$ROOT/scripts/api.sh"
 
 work=$(mktemp -d)
 vms=() snapshots=() images=()
@@ -16,28 +17,6 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# call STATUS METHOD PATH [CURL-ARGUMENT...]: asks, wants that status; the answer's body is in $work/body.
-call() {
-    local wanted=$1 method=$2 path=$3 status
-    shift 3
-    status=$(curl -sS --max-time 120 -o "$work/body" -D "$work/head" -w '%{http_code}' -X "$method" \
-        -H "X-API-Key: $TIFFIN_API_KEY" "$@" "$TIFFIN_URL$path")
-    if [[ $status != "$wanted" ]]; then
-        die "$method $path: status $status, not $wanted
-$(head -c 2000 "$work/body")"
-    fi
-    say "    $status $method $path"
-}
-
-# json STATUS METHOD PATH BODY: the same with a JSON body.
-json() { call "$1" "$2" "$3" -H 'Content-Type: application/json' -d "$4"; }
-
-# holds FILTER: the last answer's body makes this jq filter true.
-holds() {
-    jq -e "$1" "$work/body" >/dev/null || die "the answer is not as documented: $1
-$(head -c 2000 "$work/body")"
-}
-
 # header TEXT: the last answer has a header that begins so.
 header() { grep -qi "^$1" "$work/head" || die "the answer has no header $1"; }
 
@@ -48,8 +27,6 @@ refused() {
     holds '(.message | type) == "string" and (.code | type) == "string" and (.requestId | type) == "string"'
     jq -e --arg word "$word" '.message | contains($word)' "$work/body" >/dev/null || die "the message doesn't say $word: $(<"$work/body")"
 }
-
-field() { jq -r "$1" "$work/body"; }
 
 create() {
     json 201 POST /v1/vms "$1"

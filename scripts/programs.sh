@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 source "$STATE/env"
+source "$ROOT/scripts/api.sh"
 
 CLIENT=@cakework/client@0.0.57
 
@@ -23,23 +24,7 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# call STATUS METHOD PATH [CURL-ARGUMENT...]: asks, wants that status; the answer's body is in $work/body.
-call() {
-    local wanted=$1 method=$2 path=$3 status
-    shift 3
-    status=$(curl -sS --max-time 120 -o "$work/body" -w '%{http_code}' -X "$method" \
-        -H "X-Api-Key: $TIFFIN_API_KEY" -H 'Content-Type: application/json' "$@" "$TIFFIN_URL$path")
-    [[ $status == "$wanted" ]] || die "$method $path: status $status, not $wanted
-$(head -c 2000 "$work/body")"
-    say "    $status $method $path"
-}
-holds() {
-    jq -e "$1" "$work/body" >/dev/null || die "the answer is not as documented: $1
-$(head -c 2000 "$work/body")"
-}
-field() { jq -r "$1" "$work/body"; }
-
-# until SECONDS COMMAND...: tries again until it succeeds.
+# until_ok SECONDS COMMAND...: tries again until it succeeds.
 until_ok() {
     local end=$((SECONDS + $1))
     shift
@@ -97,11 +82,11 @@ curl -sSf -o /dev/null -X PUT -H 'Content-Type: application/vnd.oci.image.manife
     --data-binary @"$work/manifest.json" "http://$registry/v2/web/manifests/v1"
 
 say "==> import"
-call 200 POST /v1/image/import -d "{\"imageUri\": \"$registry/web:v1\", \"password\": \"\"}"
+json 200 POST /v1/image/import "{\"imageUri\": \"$registry/web:v1\", \"password\": \"\"}"
 image=$(field .imageId)
 echo "$image" >>"$work/images"
-call 400 POST /v1/image/import -d "{\"imageUri\": \"$registry/web:v2\", \"password\": \"\"}"
-call 400 POST /v1/image/import -d '{"imageUri": "no reference", "password": ""}'
+json 400 POST /v1/image/import "{\"imageUri\": \"$registry/web:v2\", \"password\": \"\"}"
+json 400 POST /v1/image/import '{"imageUri": "no reference", "password": ""}'
 
 # reached HOSTNAME: the program's page, by HTTPS, with the server's own certificate authority.
 ingress_port=${TIFFIN_INGRESS_URL##*:}
@@ -115,7 +100,7 @@ logged() {
 }
 
 say "==> a VM for one run"
-call 200 POST /v1/vm/start -d "{\"imageId\": \"$image\", \"port\": 8080, \"envVars\": {\"GREETING\": \"a secret\"}}"
+json 200 POST /v1/vm/start "{\"imageId\": \"$image\", \"port\": 8080, \"envVars\": {\"GREETING\": \"a secret\"}}"
 holds '.state == "started" and .memory == 256 and .port == 8080 and (.hostname | endswith(".vm.localhost"))'
 jq -e 'tostring | contains("a secret") | not' "$work/body" >/dev/null || die "the environment is shown"
 vm=$(field .id) hostname=$(field .hostname)
@@ -136,7 +121,7 @@ logged "$vm" SERVING "serving a secret" || die "the log went with the VM"
 call 409 POST "/v1/vm/$vm/stop"
 
 say "==> a cached VM"
-call 200 POST /v1/vm/cache -d "{\"imageId\": \"$image\", \"port\": 8080, \"diskSize\": 1}"
+json 200 POST /v1/vm/cache "{\"imageId\": \"$image\", \"port\": 8080, \"diskSize\": 1}"
 holds '.state == "stopped" and .volumeGB == 1'
 vm=$(field .id) hostname=$(field .hostname)
 echo "$vm" >>"$work/vms"

@@ -127,9 +127,8 @@ pub(crate) async fn cached_stop(app: &Arc<App>, caller: &Caller, id: &VmId) -> R
 
 /// The name by which a VM's program is reached.
 pub(crate) fn hostname(app: &App, vm: &Vm) -> String {
-    // Records of old versions have no label, and nothing leads there.
-    let label = vm.host_label.as_ref().map_or("none", |label| label.as_str());
-    format!("{label}.{}", app.config.ingress.domain)
+    // Records of old versions have none.
+    vm.host_label.as_ref().map(|label| app.routes.hostname(label)).unwrap_or_default()
 }
 
 async fn undestroyed(app: &App, caller: &Caller, id: &VmId) -> Result<Vm, AppError> {

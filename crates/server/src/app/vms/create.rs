@@ -31,8 +31,8 @@ use crate::{
 /// How often a repeated request looks whether the first one is done.
 pub(super) const REPLAY_POLL: Duration = Duration::from_millis(50);
 
-/// A VM to be made; its fields are within their ranges.
-#[derive(Debug, Clone)]
+/// A VM to be made; its fields are within their ranges. Not to be shown: an environment is secret.
+#[derive(Clone)]
 pub(crate) struct VmRequest {
     pub(crate) cpus: u32,
     pub(crate) mem_mb: u32,
