@@ -166,6 +166,43 @@ fn process_cpu_seconds(pid: &str) -> f64 {
     ticks as f64 / 100.0
 }
 
+/// Nanoseconds that the timers of the VM's sandbox may be late.
+fn timer_slack(host: &Host, id: &VmId) -> u64 {
+    let sandboxes = harness::engine_pids(&host.folder(id), "runsc-sandbox");
+    let slack = std::fs::read_to_string(format!("/proc/{}/timerslack_ns", sandboxes[0])).unwrap();
+    slack.trim().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn timers_may_be_late_only_while_nothing_goes_on_in_the_guest() {
+    const EXACT: u64 = 50_000;
+    let host = Host::new().await;
+    let id = host.running().await;
+    let rests = async |when: &str| harness::eventually(when, async || timer_slack(&host, &id) == 10_000_000).await;
+    rests("it rests soon after its boot").await;
+
+    let asked = sh(&*host.engine, &id, "sleep 2.5");
+    let looked = async {
+        let mut seen = vec![];
+        for _ in 0..4 {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            seen.push(timer_slack(&host, &id));
+        }
+        seen
+    };
+    let (_, seen) = tokio::join!(asked, looked);
+    assert_eq!(seen, [EXACT; 4], "while a command runs, however idle");
+    rests("it rests after the command").await;
+
+    let busy = "setsid sh -c 'while :; do cat /etc/hostname; done' > /dev/null 2>&1 < /dev/null & echo $!";
+    let pid = sh(&*host.engine, &id, busy).await.stdout;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(timer_slack(&host, &id), EXACT, "busy by itself");
+    sh(&*host.engine, &id, &format!("kill {pid}")).await;
+    rests("it rests after that").await;
+    host.engine.destroy(&id).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_monitor_takes_its_vm_along_and_leaves_nothing() {
     let host = Host::new().await;

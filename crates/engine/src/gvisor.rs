@@ -27,6 +27,8 @@ pub struct Paths<'a> {
     pub state: &'a Path,
     /// The bundle's folder.
     pub bundle: &'a Path,
+    /// Where the launcher writes its last words before it looks at the bundle: it opens this first.
+    pub log: &'a Path,
 }
 
 /// The bundle's `config.json` (OCI runtime specification 1.0) for a guest whose root is `root`, whose PID 1 is
@@ -85,7 +87,7 @@ pub fn bundle_config(root: &Path, agent: &str, network: &Path, hostname: &str) -
 
 /// Starts the guest and returns once it runs; the sandbox's pid goes to `pid_file`.
 pub fn run(paths: &Paths, pid_file: &Path) -> Command {
-    let mut command = runsc(paths);
+    let mut command = launcher(paths);
     command.args(["run", "-detach", "-bundle"]).arg(paths.bundle).arg("-pid-file").arg(pid_file).arg(CONTAINER);
     command
 }
@@ -93,7 +95,7 @@ pub fn run(paths: &Paths, pid_file: &Path) -> Command {
 /// As [`run`], but the guest goes on from the state that [`checkpoint`] wrote to `image`. Its root must be a copy of what
 /// it was at that moment.
 pub fn restore(paths: &Paths, pid_file: &Path, image: &Path) -> Command {
-    let mut command = runsc(paths);
+    let mut command = launcher(paths);
     command.args(["restore", "-detach", "-bundle"]).arg(paths.bundle).arg("-image-path").arg(image);
     command.arg("-pid-file").arg(pid_file).arg(CONTAINER);
     command
@@ -136,6 +138,12 @@ pub fn pause(paths: &Paths) -> Command {
 pub fn resume(paths: &Paths) -> Command {
     let mut command = runsc(paths);
     command.args(["resume", CONTAINER]);
+    command
+}
+
+fn launcher(paths: &Paths) -> Command {
+    let mut command = runsc(paths);
+    command.arg("--log").arg(paths.log);
     command
 }
 

@@ -62,6 +62,11 @@ pub fn has_open(guest: Ipv4Addr, guest_v6: Ipv6Addr) -> io::Result<bool> {
     Ok(has_socket_to(&sockets, guest) || has_tracked(&[&guest.octets(), &guest_v6.octets()])?)
 }
 
+/// Whether the gateway has a connection into a guest with this address. Where the kernel doesn't tell, it has none.
+pub fn is_dialled(guest: Ipv4Addr) -> bool {
+    fs::read_to_string("/proc/thread-self/net/tcp").is_ok_and(|sockets| has_socket_to(&sockets, guest))
+}
+
 /// How many packets have passed so far between the guest and the gateway. Where none has since [`has_open`] looked, no
 /// connection was opened: looking again takes as long as the host's table of connections is large.
 ///

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::{SysconfVar, sysconf},
+};
 use serde::{Deserialize, Serialize};
 
 /// The longest that a host tool (`ip`, `nft`, `mke2fs`) may take before it is killed.
@@ -56,6 +59,21 @@ fn state(stat: &str) -> Option<&str> {
 
 fn start_ticks(stat: &str) -> Option<u64> {
     after_name(stat)?.split(' ').nth(19)?.parse().ok()
+}
+
+/// The processor time that a process has taken, without its children's; `None` when it is gone.
+pub fn cpu_time(pid: i32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let ticks = sysconf(SysconfVar::CLK_TCK).ok()??;
+    let ticks_a_second = u64::try_from(ticks).ok()?.max(1);
+    Some(Duration::from_millis(cpu_ticks(&stat)?.saturating_mul(1000) / ticks_a_second))
+}
+
+/// Fields 14 and 15 of `/proc/PID/stat` (proc(5)): in the process and in the kernel for it.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    let mut fields = after_name(stat)?.split(' ').skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    next()?.checked_add(next()?)
 }
 
 /// The id of the host's present boot (random, made by the kernel): tells a restart of the host.
@@ -201,6 +219,7 @@ mod tests {
         let stat = "7 (a) S 9 (b) R 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 20";
         assert_eq!(state(stat), Some("R"));
         assert_eq!(start_ticks(stat), Some(4242));
+        assert_eq!(cpu_ticks(stat), Some(11 + 12));
     }
 
     #[test]

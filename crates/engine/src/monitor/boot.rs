@@ -6,12 +6,9 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Write},
     net::SocketAddr,
-    os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
-        unix::process::CommandExt,
-    },
+    os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -30,7 +27,9 @@ use tiffin_types::vm::{EndReason, EndReport};
 use super::{
     agent, channel,
     end::forget_memory,
-    launch::{self, DISK, MEMORY, Phase, RESTORE, SCRATCH},
+    gate::Gate,
+    launch::{self, DISK, LAUNCHER_LOG, MEMORY, Phase, RESTORE, SCRATCH},
+    rest,
     state::Vm,
 };
 use crate::{
@@ -67,6 +66,7 @@ pub(super) fn boot(vm: &Arc<Vm>) -> Result<Pid, EndReport> {
     let watch = move || match watched.wait_while(Phase::Starting, Some(deadline)) {
         Some(Phase::Running | Phase::Paused) => {
             watched.engine_log.line(format!("up after {} ms", begun.elapsed().as_millis()));
+            rest::keep(&watched);
         }
         Some(Phase::Starting | Phase::Ended) => {}
         None => watched.decide_end(
@@ -91,29 +91,25 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
     let reached = |what: &str| vm.engine_log.line(format!("{what} after {} ms", begun.elapsed().as_millis()));
     leave_the_host(vm)?;
     let restore = vm.launch.restore.as_ref();
-    let (gate, opener) = pipe()?;
-    let (forked, forker) = pipe()?;
+    let gate = Gate::new(&vm.scratch(LAUNCHER_LOG)).map_err(|e| step("the gate", e))?;
     let pid_file = vm.scratch("sandbox.pid");
     let mut child = thread::scope(|scope| -> Step<Child> {
-        let (pid_file, ends) = (&pid_file, (gate.as_raw_fd(), opener.as_raw_fd()));
-        let engine = scope.spawn(move || spawn_engine(vm, ends, forker, pid_file));
-        // What waits at the gate holds a copy of every descriptor that was open at its fork. A tool's pipe among them
-        // would never end for the tool: none may be open before.
-        let _ = File::from(forked).read(&mut [0]);
+        let engine = scope.spawn(|| spawn_engine(vm, &pid_file));
         // From here on the guest may get to write to its disk, which then no longer is that of its saved memory.
         let forgotten = scope.spawn(|| forget_restore(vm).map_err(|e| step("forgetting the saved memory", e)));
         let prepared = prepare(vm, scope);
-        let forgotten = join(forgotten);
-        let mut opener = File::from(opener);
+        let (forgotten, engine) = (join(forgotten), join(engine));
+        reached("everything prepared");
+        let mut engine = engine?;
         let opened = prepared
             .and_then(|()| if vm.stop_requested() { Err("stopped while starting".into()) } else { Ok(()) })
             .and(forgotten)
-            .and_then(|()| opener.write_all(b"g").map_err(|e| step("opening the gate", e)));
-        reached("everything prepared");
-        // The engine waits at the gate: closed without a word, it gives up.
-        drop(opener);
-        let engine = join(engine);
-        opened.and(engine)
+            .and_then(|()| gate.open().map_err(|e| step("opening the gate", e)));
+        if opened.is_err() {
+            // It waits at the gate, alone: everything else is made behind it.
+            let _ = engine.kill().and_then(|()| engine.wait());
+        }
+        opened.map(|()| engine)
     })?;
     listen_to(vm, &mut child)?;
     if restore.is_none() {
@@ -140,10 +136,6 @@ fn forget_restore(vm: &Vm) -> io::Result<()> {
     }
     launch::remove(&vm.folder, RESTORE)?;
     File::open(&vm.folder)?.sync_all()
-}
-
-fn pipe() -> Step<(OwnedFd, OwnedFd)> {
-    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| step("a pipe", e))
 }
 
 fn step(what: &str, error: impl std::fmt::Display) -> String {
@@ -290,8 +282,8 @@ fn hide_the_host(vm: &Vm) -> Step<()> {
     mount(Some(&meminfo), "/proc/meminfo", none, MsFlags::MS_BIND, none).map_err(|e| step("the memory's size", e))
 }
 
-/// Starts the engine's launcher: it says that it is there, joins the VM's control groups and waits at the gate.
-fn spawn_engine(vm: &Vm, (gate, opener): (RawFd, RawFd), forker: OwnedFd, pid_file: &Path) -> Step<Child> {
+/// Starts the engine's launcher: it joins the VM's control groups, and waits at the gate.
+fn spawn_engine(vm: &Vm, pid_file: &Path) -> Step<Child> {
     vm.group.create(vm.launch.spec.size).map_err(|e| step("the control groups", e))?;
     vm.note_oom_kills();
     let door = vm.group.door().map_err(|e| step("the control groups", e))?;
@@ -300,21 +292,8 @@ fn spawn_engine(vm: &Vm, (gate, opener): (RawFd, RawFd), forker: OwnedFd, pid_fi
         Some(_) => gvisor::restore(paths, pid_file, &vm.folder.join(MEMORY)),
     });
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear();
-    // SAFETY: only system calls that are async-signal-safe, on descriptors that are open in the parent until the spawn
-    // has returned.
-    unsafe {
-        command.pre_exec(move || {
-            // With its own copy of the other end open it would never see it close.
-            libc::close(opener);
-            libc::write(forker.as_raw_fd(), b"f".as_ptr().cast(), 1);
-            door.enter()?;
-            let mut word = 0u8;
-            match libc::read(gate, (&raw mut word).cast(), 1) {
-                1 => Ok(()),
-                _ => Err(io::Error::from_raw_os_error(libc::ECANCELED)),
-            }
-        });
-    }
+    // SAFETY: entering only writes to open files.
+    unsafe { command.pre_exec(move || door.enter()) };
     command.spawn().map_err(|e| step("starting runsc", e))
 }
 

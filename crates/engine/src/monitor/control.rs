@@ -124,6 +124,9 @@ fn serve_one(vm: &Vm, slow: &Arc<AtomicUsize>, mut connection: UnixStream) -> io
     if matches!(counted, Some(None)) {
         return say(&mut connection, &Reply::Busy);
     }
+    if is_slow(&ask) || matches!(ask, Ask::Stop { .. }) {
+        vm.rest.attend(vm.sandbox.get());
+    }
     match ask {
         Ask::Phase => say(&mut connection, &Reply::Phase { phase: vm.phase() }),
         Ask::Watch => watch(vm, &mut connection),

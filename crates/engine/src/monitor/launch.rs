@@ -43,6 +43,8 @@ pub const DISK: &str = "disk.ext4";
 pub const LOGS: &str = "logs";
 /// What the monitor mounts, in its own mount namespace only.
 pub const SCRATCH: &str = "mnt";
+/// In the scratch folder: where the launcher writes its last words; first the gate at which it waits.
+pub const LAUNCHER_LOG: &str = "launcher.log";
 
 /// All that a monitor needs to know.
 #[derive(Debug, Clone, Serialize, Deserialize)]

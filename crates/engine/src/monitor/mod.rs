@@ -18,11 +18,13 @@ mod channel;
 mod control;
 mod egress;
 mod end;
+mod gate;
 pub mod launch;
 pub mod log;
 mod output;
 mod pause;
 mod program;
+mod rest;
 mod save;
 mod state;
 

@@ -21,10 +21,11 @@ use tiffin_types::{
 
 use super::{
     Host,
-    launch::{Launch, LogKeep, Phase, SCRATCH},
+    launch::{LAUNCHER_LOG, Launch, LogKeep, Phase, SCRATCH},
     log::Log,
     output::Output,
     pause::Held,
+    rest::Rest,
 };
 use crate::{
     LogKind,
@@ -65,6 +66,8 @@ pub(super) struct Vm {
     pub(super) resolver: OnceLock<()>,
     /// The sandbox's process, once it runs.
     pub(super) sandbox: OnceLock<Pid>,
+    /// How exact the sandbox's timers are.
+    pub(super) rest: Rest,
     /// By what a paused guest stands still.
     held: Mutex<Option<Held>>,
     /// Held by whoever pauses, resumes, saves or changes the guest's network: one at a time.
@@ -111,6 +114,7 @@ impl Vm {
             owes_news: AtomicBool::new(false),
             resolver: OnceLock::new(),
             sandbox: OnceLock::new(),
+            rest: Rest::default(),
             held: Mutex::default(),
             tools: Mutex::default(),
             dials: RwLock::default(),
@@ -137,8 +141,8 @@ impl Vm {
     }
 
     pub(super) fn with_paths<T>(&self, f: impl FnOnce(&Paths) -> T) -> T {
-        let (state, bundle) = (self.scratch("runsc"), self.scratch("bundle"));
-        f(&Paths { runsc: Path::new(&self.launch.runsc), state: &state, bundle: &bundle })
+        let (state, bundle, log) = (self.scratch("runsc"), self.scratch("bundle"), self.scratch(LAUNCHER_LOG));
+        f(&Paths { runsc: Path::new(&self.launch.runsc), state: &state, bundle: &bundle, log: &log })
     }
 
     /// Starts a thread that reads one of the guest's pipes to its end.
