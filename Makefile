@@ -9,7 +9,7 @@
 # Everything that is made here lies in .tiffin and in target. TIFFIN_LISTEN=127.0.0.1:3001 make up takes another port.
 
 .DEFAULT_GOAL := up
-.PHONY: up down test check bench setup build runsc image server
+.PHONY: up down test check bench setup build runsc kernel image server
 
 up: server
 	@scripts/demo.sh
@@ -21,6 +21,7 @@ test:
 	@scripts/setup.sh test
 	@scripts/build.sh
 	@scripts/fetch-runsc.sh
+	@scripts/fetch-kernel.sh
 	@scripts/image.sh
 	@scripts/test.sh
 
@@ -39,7 +40,10 @@ build: setup
 runsc: setup
 	@scripts/fetch-runsc.sh
 
-image: build runsc
+kernel: setup
+	@scripts/fetch-kernel.sh
+
+image: build runsc kernel
 	@scripts/image.sh
 
 server: image

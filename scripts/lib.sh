@@ -47,6 +47,9 @@ server_settings() {
     export TIFFIN_RUN_DIR=${TIFFIN_RUN_DIR:-/run/tiffin-${name:0:8}}
     export TIFFIN_RUNSC=${TIFFIN_RUNSC:-$BIN/runsc}
     export TIFFIN_AGENT=${TIFFIN_AGENT:-$BIN/tiffin-agent}
+    if [[ -e $STATE/kernel/package ]]; then
+        export TIFFIN_QEMU__KERNEL=${TIFFIN_QEMU__KERNEL:-$STATE/kernel/vmlinux}
+    fi
 }
 
 # Runs a command as root, with our settings: as it is for root, through sudo for others.

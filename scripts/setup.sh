@@ -29,6 +29,10 @@ need e2fsprogs mke2fs
 need mmdebstrap mmdebstrap
 need debian-archive-keyring /usr/share/keyrings/debian-archive-keyring.gpg
 need npm npm
+if [[ $(uname -m) == x86_64 ]]; then
+    need qemu-system-x86 qemu-system-x86_64
+    need lz4 lz4
+fi
 if [[ ${1-} == test ]]; then
     need python3 python3
     need dnsmasq-base dnsmasq

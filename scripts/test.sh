@@ -5,6 +5,7 @@ source "$(dirname "$0")/lib.sh"
 
 export TIFFIN_RUNSC=$BIN/runsc
 export TIFFIN_AGENT=$BIN/tiffin-agent
+export TIFFIN_KERNEL=$STATE/kernel/vmlinux
 export TIFFIN_TEST_DATA=$STATE/data
 # Real VMs need root. What is built stays the user's own; only the tests themselves run as root.
 if ((EUID != 0)); then

@@ -105,7 +105,7 @@ impl Service {
                 self.program.shut_down(Duration::from_millis(shutdown.grace_ms));
                 answer(socket, &json!({}));
                 farewell(socket);
-                std::process::exit(0);
+                crate::shutdown::leave(0);
             }
         }
     }

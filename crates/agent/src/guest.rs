@@ -15,6 +15,8 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, fchown, unlinkat};
 use tiffin_protocol::Boot;
 
+use crate::init;
+
 /// The user that commands run as, by convention of the platform's images.
 const USER: u32 = 1000;
 
@@ -121,9 +123,12 @@ fn folder(path: &Path, mode: u32, owner: Option<u32>) -> io::Result<()> {
 /// What an engine that boots a bare kernel leaves to process 1; an OCI engine has mounted it all.
 fn mount_missing() {
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount_unless(Path::new("/proc/self").exists(), "/proc", "proc", safe, None);
-    mount_unless(Path::new("/sys/kernel").exists(), "/sys", "sysfs", safe, None);
-    mount_unless(Path::new("/dev/null").exists(), "/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=755"));
+    // What an image has by these names is no kernel's.
+    let has = |path: &str| !init::is_bare() && Path::new(path).exists();
+    mount_unless(has("/proc/self"), "/proc", "proc", safe, None);
+    mount_unless(has("/sys/kernel"), "/sys", "sysfs", safe, None);
+    mount_unless(has("/dev/null"), "/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=755"));
+    mount_unless(!init::is_bare(), "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755"));
     let terminals = Path::new("/dev/pts/ptmx").exists();
     mount_unless(
         terminals,
@@ -167,6 +172,7 @@ mod tests {
             resolvers: Vec::new(),
             cpus: 1,
             max_pids: 1,
+            link: None,
         }
     }
 

@@ -26,8 +26,10 @@ pub mod files;
 pub mod guest;
 pub mod handover;
 pub mod identity;
+pub mod init;
 pub mod jobs;
 pub mod limits;
+pub mod links;
 pub mod listen;
 pub mod processes;
 pub mod program;
@@ -49,8 +51,8 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Runs the agent; returns only when it can't go on. In a process that the agent has started for itself: does what that
 /// is for.
 pub fn run() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
-    if let (Some(files::tool::WORD), Some(job)) = (arguments.next().as_deref(), arguments.next()) {
+    let (word, job) = (std::env::args().nth(1), std::env::args().nth(2));
+    if let (Some(files::tool::WORD), Some(job)) = (word.as_deref(), job) {
         return files::tool::main(&job);
     }
     // Shutting down signals every process that can be seen: only ever right where the agent is the first of them.
@@ -58,23 +60,34 @@ pub fn run() -> ExitCode {
         eprintln!("tiffin-agent: it runs as process 1 of a guest only");
         return ExitCode::from(2);
     }
+    if init::is_first() {
+        let Err(error) = init::set_up_root();
+        eprintln!("tiffin-agent: {error}");
+        shutdown::leave_machine();
+    }
+    if word.as_deref() == Some(init::WORD) {
+        init::note_bare();
+    }
     let channel = match boot::take_over() {
         Ok(channel) => Arc::new(channel),
         Err(error) => {
             eprintln!("tiffin-agent: {error}");
-            return ExitCode::FAILURE;
+            shutdown::leave(1);
         }
     };
     let Err(error) = serve(&channel);
     let message = error.to_string();
     eprintln!("tiffin-agent: {message}");
     channel.failed(&message);
-    ExitCode::FAILURE
+    shutdown::leave(1)
 }
 
 fn serve(channel: &Arc<channel::Channel>) -> Result<std::convert::Infallible, boot::BootError> {
     let boot = boot::read(std::io::stdin().lock())?;
     guest::set_up(&boot);
+    if let Some(link) = &boot.link {
+        guest::report("the network", links::set_up(link));
+    }
     boot::drop_stdin()?;
     limits::apply(boot.cpus);
     let jobs = jobs::Jobs::mount(boot.max_pids).unwrap_or_else(|error| {

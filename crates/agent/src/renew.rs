@@ -148,6 +148,7 @@ mod tests {
                 resolvers: vec!["1.1.1.1".to_owned()],
                 cpus: 1,
                 max_pids: 9,
+                link: None,
             },
             machine_id: Some("0123456789abcdef0123456789abcdef".to_owned()),
             unix_ms: 1_000,

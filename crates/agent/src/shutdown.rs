@@ -5,8 +5,11 @@
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::init;
 
 /// Everything but the caller and process 1.
 const EVERYONE: Pid = Pid::from_raw(-1);
@@ -31,6 +34,22 @@ pub fn end_guest(grace: Duration) {
         }
     }
     nix::unistd::sync();
+}
+
+/// Ends the agent, and the guest with it: a kernel without its process 1 doesn't go on, so its machine is switched off.
+pub fn leave(code: i32) -> ! {
+    if init::is_bare() {
+        leave_machine();
+    }
+    std::process::exit(code)
+}
+
+/// Switches the machine off, by a reset that its monitor takes for the end.
+pub fn leave_machine() -> ! {
+    nix::unistd::sync();
+    let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+    eprintln!("tiffin-agent: the machine can't be switched off: {error}");
+    std::process::exit(1)
 }
 
 /// Whether there was anybody.

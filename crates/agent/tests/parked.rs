@@ -44,6 +44,7 @@ fn renew_of(hostname: &str, resolvers: Vec<String>) -> Renew {
         resolvers,
         cpus: 1,
         max_pids: MAX_PIDS,
+        link: None,
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
     let unix_ms = i64::try_from(now.as_millis()).expect("it is before the year 292 million");

@@ -24,6 +24,7 @@ fn renew(address: &str) -> Renew {
             resolvers: vec!["8.8.4.4".to_owned()],
             cpus: 1,
             max_pids: guest::MAX_PIDS,
+            link: None,
         },
         machine_id: Some(ID.to_owned()),
         unix_ms: now_ms(),

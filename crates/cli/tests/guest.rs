@@ -130,6 +130,7 @@ async fn a_guest_becomes_another_and_its_old_token_opens_nothing() {
             resolvers: vec!["172.16.0.1".to_owned()],
             cpus: 1,
             max_pids: 100,
+            link: None,
         },
         machine_id: Some(machine_id.to_owned()),
         unix_ms: i64::try_from(since_epoch.as_millis()).unwrap(),

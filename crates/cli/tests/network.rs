@@ -26,7 +26,7 @@ use tiffin_protocol::Exec;
 use tiffin_types::{
     id::{SnapshotId, VmId},
     network::{EgressPolicy, parse_allow_entry},
-    vm::VmSpec,
+    vm::{EngineName, VmSpec},
 };
 
 /// A host outside: 198.51.100.10 and .11 (and 2001:db8:51::10), each answering on port 8080 with its own address, and
@@ -142,9 +142,18 @@ async fn get(host: &Host, id: &VmId, url: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_world_is_reached_as_far_as_it_is_listed() {
+async fn the_world_is_reached_as_far_as_it_is_listed_from_gvisors_guests() {
+    the_world_is_reached_as_far_as_it_is_listed(EngineName::Gvisor).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_world_is_reached_as_far_as_it_is_listed_from_qemus_guests() {
+    the_world_is_reached_as_far_as_it_is_listed(EngineName::Qemu).await;
+}
+
+async fn the_world_is_reached_as_far_as_it_is_listed(engine: EngineName) {
     let _world = World::new();
-    let mut host = Host::new().await;
+    let mut host = Host::with(engine).await;
     let _names = Names::new(5399);
     host.config.resolvers = vec!["127.0.0.1:5399".parse().unwrap()];
     host.restart().await;

@@ -36,7 +36,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Stream for T {}
 pub type Connection = Pin<Box<dyn Stream>>;
 
 /// What an engine can't do is refused above with a clear error, never emulated badly.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Capabilities {
     /// `pause` and `resume` work.
     pub pause: bool,
@@ -44,6 +44,17 @@ pub struct Capabilities {
     pub snapshot: bool,
     /// It boots kernels, so an image's own kernel means something.
     pub kernels: bool,
+}
+
+/// A kind of VM that can be had here: by its engine's name, what it isolates and what it can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kind {
+    /// The engine.
+    pub name: EngineName,
+    /// What stands between its guests and the host.
+    pub isolation: Isolation,
+    /// What it can do.
+    pub capabilities: Capabilities,
 }
 
 /// What an engine sees of a VM at this moment.
@@ -197,14 +208,21 @@ pub struct Saved {
 /// What runs VMs.
 #[async_trait]
 pub trait Engine: Send + Sync + 'static {
-    /// Which engine this is.
-    fn name(&self) -> EngineName;
+    /// The kinds of VMs that can be had.
+    fn kinds(&self) -> &[Kind];
 
-    /// What stands between its guests and the host.
-    fn isolation(&self) -> Isolation;
+    /// The one of them for those who don't say which.
+    fn default_kind(&self) -> Kind;
 
-    /// What it can do.
-    fn capabilities(&self) -> Capabilities;
+    /// The kind of that name, if it can be had.
+    fn kind(&self, name: EngineName) -> Option<Kind> {
+        self.kinds().iter().find(|kind| kind.name == name).copied()
+    }
+
+    /// What VMs of that engine can do; nothing, where it can't be had.
+    fn capabilities(&self, name: EngineName) -> Capabilities {
+        self.kind(name).map(|kind| kind.capabilities).unwrap_or_default()
+    }
 
     /// Makes the VM's folder and disk; nothing runs. `image` in the spec must be in the blob store and stay there
     /// while the VM exists. On failure nothing is left.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   server --Engine--> monitored::Monitored --unix socket--> monitor (one process per VM, PID 1 of its own namespace)
-//!                |                                              |-- driver: gvisor (later qemu, firecracker)
+//!                |                                              |-- driver: gvisor, or qemu (later firecracker)
 //!                |                                              `-- host: disk, network, cgroup
 //!                `---> fake::Fake (in process, scripted)
 //! ```
@@ -19,6 +19,7 @@ pub mod gvisor;
 pub mod host;
 pub mod monitor;
 pub mod monitored;
+pub mod qemu;
 
 use std::sync::Arc;
 

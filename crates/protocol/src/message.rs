@@ -1,6 +1,9 @@
 //! What the frames say, as JSON.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +26,22 @@ pub struct Boot {
     pub cpus: u32,
     /// Processes and threads that commands may have at once, all together.
     pub max_pids: u32,
+    /// The guest's own link, where it has a kernel of its own to set it up by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<Link>,
+}
+
+/// A guest's way out: its one network device's address and whom it is next to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// Bits of the address that its neighbours share.
+    pub prefix: u8,
+    /// Where everything goes that isn't for a neighbour.
+    pub gateway: Ipv4Addr,
+    /// The same in IPv6: address, bits, gateway.
+    pub v6: Option<(Ipv6Addr, u8, Ipv6Addr)>,
 }
 
 /// A request: the secret, and what to do.

@@ -391,9 +391,17 @@ pub struct VmSpec {
     pub size: VmSize,
     /// What it may reach outside.
     pub egress: EgressPolicy,
+    /// What runs it.
+    #[serde(default = "first_engine")]
+    pub engine: EngineName,
     /// The program that it is for, if it is for one. Holds secrets: it is kept in the VM's folder and nowhere else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<Program>,
+}
+
+/// What ran every VM before there was another engine.
+fn first_engine() -> EngineName {
+    EngineName::Gvisor
 }
 
 #[cfg(test)]

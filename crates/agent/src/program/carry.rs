@@ -77,7 +77,7 @@ impl Carrier {
             }
         }
         self.program.set_carried();
-        std::process::exit(0);
+        crate::shutdown::leave(0);
     }
 
     /// Carries until the program has ended and what it printed is on its way.

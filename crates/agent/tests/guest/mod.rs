@@ -60,6 +60,7 @@ impl Guest {
             resolvers: vec!["9.9.9.9".to_owned()],
             cpus: 1,
             max_pids: MAX_PIDS,
+            link: None,
         };
         let line = serde_json::to_string(&boot).unwrap() + "\n";
         let (guest, first) = Self::start(plant, line.as_bytes());

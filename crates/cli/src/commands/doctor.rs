@@ -55,6 +55,8 @@ pub(crate) fn refuse_unfit_host(config: &Config) -> Result<(), Failure> {
 
 fn input(config: &Config) -> DoctorInput {
     DoctorInput {
+        qemu: config.qemu.program.clone(),
+        kernel: config.qemu.kernel.clone(),
         data_dir: config.data_dir.clone(),
         run_dir: config.run_dir.clone(),
         runsc: config.runsc.clone(),

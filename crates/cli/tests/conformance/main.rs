@@ -24,7 +24,7 @@ use tiffin_types::{
     id::{Digest, VmId},
     network::EgressPolicy,
     program::{Program, StopSignal},
-    vm::{EndReason, EndReport, VmSize, VmSpec},
+    vm::{EndReason, EndReport, EngineName, VmSize, VmSpec},
 };
 
 struct FakeSubject(Arc<Fake>);
@@ -42,6 +42,7 @@ impl Subject for FakeSubject {
             image: Digest::from_sha256([7; 32]),
             size,
             egress: EgressPolicy::default(),
+            engine: EngineName::Fake,
             program: None,
         }
     }
@@ -92,7 +93,7 @@ impl Subject for Host {
     }
 
     async fn kill_engine_process(&self, id: &VmId) {
-        harness::kill_sandbox(&self.folder(id));
+        harness::kill_engine(&self.folder(id));
     }
 }
 
@@ -112,6 +113,13 @@ macro_rules! on_every_engine {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $promise() {
                 super::suite::$promise(&mut super::FakeSubject(super::Fake::new())).await;
+            })*
+        }
+        mod qemu {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                let mut host = super::Host::with(super::EngineName::Qemu).await;
+                super::suite::$promise(&mut host).await;
             })*
         }
         mod gvisor {

@@ -99,7 +99,7 @@ pub(crate) async fn starts_that_make_no_sense_are_refused(subject: &mut dyn Subj
 /// A paused VM stands still and goes on as it was.
 pub(crate) async fn pause_and_resume(subject: &mut dyn Subject) {
     let engine = subject.engine();
-    assert!(engine.capabilities().pause, "all engines so far can");
+    assert!(engine.default_kind().capabilities.pause, "all engines so far can");
     let id = running(subject).await;
     engine.pause(&id).await.unwrap();
     assert_eq!(engine.observe(&id).await, Observed::Paused);
@@ -226,7 +226,7 @@ fn another(spec: &VmSpec) -> VmSpec {
 /// after that. The snapshot may go as soon as a VM is made.
 pub(crate) async fn a_snapshot_is_taken_up_where_it_was_taken(subject: &mut dyn Subject) {
     let engine = subject.engine();
-    if !engine.capabilities().snapshot {
+    if !engine.default_kind().capabilities.snapshot {
         return;
     }
     let spec = subject.spec();
@@ -279,7 +279,7 @@ pub(crate) async fn a_snapshot_is_taken_up_where_it_was_taken(subject: &mut dyn 
 /// What can't be saved or restored is refused, and nothing is left.
 pub(crate) async fn saves_and_restores_that_make_no_sense_are_refused(subject: &mut dyn Subject) {
     let engine = subject.engine();
-    if !engine.capabilities().snapshot {
+    if !engine.default_kind().capabilities.snapshot {
         return;
     }
     let spec = subject.spec();
@@ -313,7 +313,7 @@ pub(crate) async fn saves_and_restores_that_make_no_sense_are_refused(subject: &
 /// A VM made of a snapshot is adopted, watched and ended as any other; its secret is its own.
 pub(crate) async fn a_restored_vm_is_another_one(subject: &mut dyn Subject) {
     let engine = subject.engine();
-    if !engine.capabilities().snapshot {
+    if !engine.default_kind().capabilities.snapshot {
         return;
     }
     let spec = subject.spec();
@@ -349,7 +349,7 @@ pub(crate) async fn a_restored_vm_is_another_one(subject: &mut dyn Subject) {
 /// A destroy wins over a save and over a restore.
 pub(crate) async fn a_vm_can_be_destroyed_while_it_is_saved_or_restored(subject: &mut dyn Subject) {
     let engine = subject.engine();
-    if !engine.capabilities().snapshot {
+    if !engine.default_kind().capabilities.snapshot {
         return;
     }
     let spec = subject.spec();
@@ -388,9 +388,6 @@ pub(crate) async fn a_vm_can_be_destroyed_while_it_is_saved_or_restored(subject:
 /// What a VM may reach can be changed at any time, and holds for later runs.
 pub(crate) async fn a_policy_changes_whether_the_vm_runs_or_not(subject: &mut dyn Subject) {
     let engine = subject.engine();
-    if !engine.capabilities().snapshot {
-        return;
-    }
     let listed = |net: &str| EgressPolicy { outbound_internet: true, allow: vec![net.parse().expect("a network")] };
     assert!(matches!(engine.set_egress(&VmId::random(), &EgressPolicy::default()).await, Err(EngineError::Absent)));
     let id = created(subject).await;

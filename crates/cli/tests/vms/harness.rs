@@ -11,13 +11,13 @@ use std::{
 use tiffin_engine::{
     Engine, Observed,
     agent::{self, ExecItem},
-    monitored::{HostConfig, Monitored},
+    monitored::{HostConfig, MachinesConfig, Monitored},
 };
 use tiffin_protocol::{Command, Exec, ExecDone};
 use tiffin_types::{
     id::{Digest, VmId},
     network::EgressPolicy,
-    vm::{VmSize, VmSpec},
+    vm::{EngineName, VmSize, VmSpec},
 };
 
 /// The value of an environment variable that `make test` sets.
@@ -35,6 +35,11 @@ pub(crate) struct Host {
 
 impl Host {
     pub(crate) async fn new() -> Self {
+        Self::with(EngineName::Gvisor).await
+    }
+
+    /// As [`Host::new`], where that engine runs VMs.
+    pub(crate) async fn with(engine: EngineName) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (data_dir, run_dir) = (dir.path().join("data"), dir.path().join("run"));
         let image = link_image(&data_dir);
@@ -42,6 +47,8 @@ impl Host {
             data_dir,
             run_dir,
             runsc: required("TIFFIN_RUNSC"),
+            machines: (engine == EngineName::Qemu).then(machines),
+            engine,
             agent: required("TIFFIN_AGENT"),
             monitor: env!("CARGO_BIN_EXE_tiffin").into(),
             uplinks: "10.213.0.0/16".parse().unwrap(),
@@ -68,7 +75,8 @@ impl Host {
 
     pub(crate) fn spec_with(&self, egress: EgressPolicy) -> VmSpec {
         let size = VmSize { cpus: 1, mem_mb: 256, disk_mb: 256 };
-        VmSpec { id: VmId::random(), image: self.image.clone(), size, egress, program: None }
+        let engine = self.config.engine;
+        VmSpec { id: VmId::random(), image: self.image.clone(), size, egress, engine, program: None }
     }
 
     /// A VM that runs.
@@ -102,6 +110,17 @@ impl Drop for Host {
         for entry in std::fs::read_dir(self.config.run_dir.join("images")).into_iter().flatten().flatten() {
             let _ = std::process::Command::new("umount").args(["-l".as_ref(), entry.path().as_os_str()]).status();
         }
+    }
+}
+
+/// What `make test` has fetched for machines with a kernel of their own.
+fn machines() -> MachinesConfig {
+    let kernel = required("TIFFIN_KERNEL");
+    MachinesConfig {
+        qemu: "/usr/bin/qemu-system-x86_64".into(),
+        modules: kernel.with_file_name("modules"),
+        kernel,
+        kvm: false,
     }
 }
 
@@ -205,6 +224,16 @@ pub(crate) fn engine_pids(folder: &Path, name: &str) -> Vec<i32> {
     let is_named =
         |pid: &i32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(name.as_bytes()));
     children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(is_named).collect()
+}
+
+/// Kills what runs the VM, whichever engine that is.
+pub(crate) fn kill_engine(folder: &Path) {
+    let pids: Vec<i32> = ["runsc-sandbox", "/usr/bin/qemu-system-x86_64"]
+        .into_iter()
+        .flat_map(|name| engine_pids(folder, name))
+        .collect();
+    assert_eq!(pids.len(), 1, "one engine in {}", folder.display());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pids[0]), nix::sys::signal::Signal::SIGKILL).unwrap();
 }
 
 /// Kills the VM's sandbox as the kernel or an operator would.

@@ -3,7 +3,7 @@
 use tiffin_types::{id::VmId, vm::VmSize};
 
 use super::{Check, DoctorInput};
-use crate::host::cgroup::Cgroups;
+use crate::host::cgroup::{Cgroups, ENGINE_MEM_MB};
 
 const NAME: &str = "cgroups";
 
@@ -17,7 +17,7 @@ pub(super) fn check(_: &DoctorInput) -> Vec<Check> {
     };
     let empty = groups.all().is_empty();
     let group = groups.group(&VmId::random());
-    let made = group.create(VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 });
+    let made = group.create(VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 }, ENGINE_MEM_MB);
     let removed = group.remove();
     if empty {
         groups.remove_parent();

@@ -1,4 +1,4 @@
-//! The engines that are installed. This version runs VMs with gVisor alone; the others are shown and not used.
+//! The engines that are installed. This version runs VMs with gVisor and with QEMU; another is shown and not used.
 
 use std::{
     env,
@@ -9,13 +9,15 @@ use std::{
 use camino::Utf8Path;
 
 use super::{Check, DoctorInput, tools};
-use crate::gvisor::MIN_RELEASE;
+use crate::{
+    gvisor::MIN_RELEASE,
+    qemu::{self, QEMU, read_release},
+};
 
 pub(super) fn check(input: &DoctorInput) -> Vec<Check> {
     let mut checks = vec![gvisor(input.runsc.as_deref())];
-    for (name, program) in [("qemu", "qemu-system-x86_64"), ("firecracker", "firecracker")] {
-        checks.extend(unused(name, program));
-    }
+    checks.extend(qemu(input));
+    checks.extend(unused("firecracker", "firecracker"));
     checks
 }
 
@@ -43,6 +45,28 @@ fn gvisor(named: Option<&Utf8Path>) -> Check {
             None => Check::fail("gvisor", format!("{shown} tells no release: {line:?}"), remedy),
         },
     }
+}
+
+/// Says nothing where no kernel is named: then no VM of QEMU's is wanted.
+fn qemu(input: &DoctorInput) -> Option<Check> {
+    let kernel = input.kernel.as_ref()?;
+    let remedy = "install qemu-system-x86 and name a kernel that is there with the setting qemu.kernel (`make kernel` \
+                  fetches Debian's), or unset it: then VMs run with gVisor alone";
+    if !kernel.is_file() {
+        return Some(Check::fail("qemu", format!("no kernel {kernel}"), remedy));
+    }
+    let named = input.qemu.as_ref().map(|path| path.as_std_path().to_owned());
+    let Some(path) = named.or_else(|| on_path(QEMU)) else {
+        return Some(Check::fail("qemu", format!("no {QEMU} on PATH"), remedy));
+    };
+    let shown = path.display();
+    Some(match tools::first_line(Command::new(&path).arg("--version")) {
+        Err(error) => Check::fail("qemu", format!("{shown}: {error}"), remedy),
+        Ok(line) => match read_release(&line) {
+            Some(release) if release >= qemu::MIN_RELEASE => Check::ok("qemu", format!("{shown}, {line}")),
+            _ => Check::fail("qemu", format!("{shown} is too old: {line}"), remedy),
+        },
+    })
 }
 
 /// The date in `runsc version release-20240729.0` or, as Debian has it, `runsc version 0.0~20240729.0`.

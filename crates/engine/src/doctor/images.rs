@@ -27,8 +27,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let data_dir = Utf8Path::from_path(folder.path()).unwrap().to_owned();
         let run_dir = data_dir.join("run");
-        let input =
-            DoctorInput { data_dir: data_dir.clone(), run_dir, runsc: None, agent: None, listen: None, ingress: None };
+        let input = DoctorInput {
+            data_dir: data_dir.clone(),
+            run_dir,
+            runsc: None,
+            qemu: None,
+            kernel: None,
+            agent: None,
+            listen: None,
+            ingress: None,
+        };
         assert_eq!(check(&input)[0].level, Level::Ok);
         std::fs::create_dir_all(data_dir.join("images/sha256")).unwrap();
         std::fs::write(data_dir.join("images/sha256/abc.erofs"), "").unwrap();

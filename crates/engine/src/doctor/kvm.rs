@@ -98,6 +98,12 @@ pub(super) fn check(_: &DoctorInput) -> Vec<Check> {
     }]
 }
 
+/// Whether virtual CPUs run guest code here, as fast as hardware does.
+pub fn works() -> bool {
+    let device = File::options().read(true).write(true).open(DEVICE);
+    device.is_ok_and(|device| matches!(probe(&device), Ok(Verdict::Works(_))))
+}
+
 fn probe(device: &File) -> io::Result<Verdict> {
     let started = Instant::now();
     let device = device.as_raw_fd();

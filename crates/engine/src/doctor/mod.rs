@@ -12,7 +12,7 @@ mod engines;
 mod filesystems;
 mod images;
 mod kernel;
-mod kvm;
+pub mod kvm;
 mod network;
 mod nftables;
 mod port;
@@ -44,6 +44,10 @@ pub struct DoctorInput {
     pub run_dir: Utf8PathBuf,
     /// gVisor's program; looked for on `PATH` when not named.
     pub runsc: Option<Utf8PathBuf>,
+    /// QEMU's program; looked for on `PATH` when not named.
+    pub qemu: Option<Utf8PathBuf>,
+    /// The kernel of QEMU's VMs, where there are to be any.
+    pub kernel: Option<Utf8PathBuf>,
     /// The guest agent; looked for beside this program when not named.
     pub agent: Option<Utf8PathBuf>,
     /// Where the server listens; not looked at when not named (when it already does).

@@ -4,6 +4,8 @@ use super::*;
 
 fn input() -> DoctorInput {
     DoctorInput {
+        qemu: None,
+        kernel: None,
         data_dir: "/tmp/tiffin-doctor-test/data".into(),
         run_dir: "/tmp/tiffin-doctor-test/run".into(),
         runsc: None,

@@ -31,7 +31,8 @@ use tokio::{net::TcpStream, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Saved, Started, Target,
+    Capabilities, Connection, Denied, Ended, Engine, EngineError, Kind, LogKind, LogTail, Observed, Saved, Started,
+    Target,
 };
 pub use files::FilesEnd;
 pub use guest::{Script, TOKEN};
@@ -243,18 +244,20 @@ impl Shared {
     }
 }
 
+const FAKE: Kind = Kind {
+    name: EngineName::Fake,
+    isolation: Isolation::None,
+    capabilities: Capabilities { pause: true, snapshot: true, kernels: false },
+};
+
 #[async_trait]
 impl Engine for Fake {
-    fn name(&self) -> EngineName {
-        EngineName::Fake
+    fn kinds(&self) -> &[Kind] {
+        &[FAKE]
     }
 
-    fn isolation(&self) -> Isolation {
-        Isolation::None
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        Capabilities { pause: true, snapshot: true, kernels: false }
+    fn default_kind(&self) -> Kind {
+        FAKE
     }
 
     async fn create(&self, spec: &VmSpec) -> Result<(), EngineError> {

@@ -137,12 +137,12 @@ fn roots(hierarchy: &Hierarchy) -> Vec<PathBuf> {
 }
 
 impl Group {
-    /// Makes the group with the limits of a VM of `size`.
+    /// Makes the group with the limits of a VM of `size`, and `engine_mb` MiB for the engine itself.
     ///
     /// # Errors
     /// When the kernel refuses a folder or a limit, naming it.
-    pub fn create(&self, size: VmSize) -> io::Result<()> {
-        let mem_bytes = (u64::from(size.mem_mb) + ENGINE_MEM_MB) << 20;
+    pub fn create(&self, size: VmSize, engine_mb: u64) -> io::Result<()> {
+        let mem_bytes = (u64::from(size.mem_mb) + engine_mb) << 20;
         let quota = u64::from(size.cpus) * CPU_PERIOD_US;
         match &self.hierarchy {
             Hierarchy::V1(_) => {
@@ -305,7 +305,7 @@ mod tests {
     fn a_group_of_this_host_comes_and_goes() {
         let id = VmId::random();
         let group = Cgroups::detect().unwrap().group(&id);
-        group.create(VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 }).unwrap();
+        group.create(VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 }, ENGINE_MEM_MB).unwrap();
         assert!(Cgroups::detect().unwrap().all().contains(&id));
         assert_eq!(group.oom_kills(), 0);
         group.door().unwrap();

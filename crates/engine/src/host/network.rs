@@ -12,9 +12,13 @@
 //! the filter that counts it.
 
 use std::{
-    fs, io,
+    fs::{self, OpenOptions},
+    io,
     net::Ipv4Addr,
-    os::{fd::AsRawFd, unix::process::CommandExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, process::CommandExt},
+    },
     path::Path,
     process::Command,
 };
@@ -33,12 +37,17 @@ pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 1);
 pub const GUEST_V6: &str = "fd74:6966:6669::2";
 /// The gateway's IPv6 address, in every VM.
 pub const GATEWAY_V6: &str = "fd74:6966:6669::1";
+/// Bits of the address that guest and gateway share.
+pub const PREFIX_V4: u8 = 30;
+/// The same in IPv6.
+pub const PREFIX_V6: u8 = 126;
 /// The gateway's interface towards the guest.
 pub const GATEWAY_LINK: &str = "gw0";
 /// The gateway's interface towards the host.
 pub const UPLINK: &str = "up0";
 
-const GUEST_MAC: &str = "02:74:66:00:00:02";
+/// The guest's link's address, in every VM.
+pub const GUEST_MAC: &str = "02:74:66:00:00:02";
 const GATEWAY_MAC: &str = "02:74:66:00:00:01";
 
 /// The link between a gateway and the host: a pair of addresses that no other VM on the host has.
@@ -176,20 +185,46 @@ pub fn configure_guest(gateway_pid: u32) -> Result<(), ToolError> {
         "link add eth0 address {GUEST_MAC} type veth peer name {GATEWAY_LINK} address {GATEWAY_MAC} netns {gateway_pid}\n\
          link set lo up\n\
          link set eth0 addrgenmode none\n\
-         addr add {GUEST_V4}/30 dev eth0\n\
+         addr add {GUEST_V4}/{PREFIX_V4} dev eth0\n\
          link set eth0 up\n\
          route add default via {GATEWAY_V4}\n"
     );
     if has_ipv6() {
         batch += &format!(
-            "addr add {GUEST_V6}/126 dev eth0 nodad\n\
+            "addr add {GUEST_V6}/{PREFIX_V6} dev eth0 nodad\n\
              route add ::/0 via {GATEWAY_V6} dev eth0\n"
         );
     }
     ip(&batch)
 }
 
-/// Configures the gateway's end, after [`configure_guest`]. Without an uplink, whatever the guest sends is routed back
+/// Makes the link to a guest with a kernel of its own, in the calling thread's namespace, and gives its other end: what is
+/// written there, the gateway hears. The link is there as long as the descriptor is open somewhere.
+///
+/// # Errors
+/// The kernel's, or what `ip` said.
+pub fn make_tap() -> Result<OwnedFd, ToolError> {
+    let opened = || -> io::Result<OwnedFd> {
+        let tap = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+        // SAFETY: all zero is a valid ifreq.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(GATEWAY_LINK.bytes()) {
+            *to = from.cast_signed();
+        }
+        request.ifr_ifru.ifru_flags =
+            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL) as libc::c_short;
+        // SAFETY: TUNSETIFF reads and writes an ifreq.
+        match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } {
+            0 => Ok(tap.into()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    let tap = opened().map_err(|source| ToolError::Start { tool: "/dev/net/tun".into(), source })?;
+    ip(&format!("link set {GATEWAY_LINK} address {GATEWAY_MAC}\n"))?;
+    Ok(tap)
+}
+
+/// Configures the gateway's end, after [`configure_guest`] or [`make_tap`]. Without an uplink, whatever the guest sends is routed back
 /// to where it came from, so that it meets the filter and is counted there.
 ///
 /// # Errors
@@ -198,12 +233,12 @@ pub fn configure_gateway(uplink: bool) -> Result<(), ToolError> {
     let mut batch = format!(
         "link set lo up\n\
          link set {GATEWAY_LINK} addrgenmode none\n\
-         addr add {GATEWAY_V4}/30 dev {GATEWAY_LINK}\n\
+         addr add {GATEWAY_V4}/{PREFIX_V4} dev {GATEWAY_LINK}\n\
          link set {GATEWAY_LINK} up\n\
          neigh replace {GUEST_V4} lladdr {GUEST_MAC} dev {GATEWAY_LINK} nud permanent\n"
     );
     if has_ipv6() {
-        batch += &format!("addr add {GATEWAY_V6}/126 dev {GATEWAY_LINK} nodad\n");
+        batch += &format!("addr add {GATEWAY_V6}/{PREFIX_V6} dev {GATEWAY_LINK} nodad\n");
     }
     if !uplink {
         batch += &format!("route add default dev {GATEWAY_LINK}\n");

@@ -15,7 +15,7 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, setsockopt, socket, sockopt},
 };
 use tiffin_protocol::{
-    AGENT_PORT, Boot, Failure, FailureCode, HEADER, Kind, MAX_FRAME, Op, Renew, Request, Shutdown, decode_header,
+    AGENT_PORT, Boot, Failure, FailureCode, HEADER, Kind, Link, MAX_FRAME, Op, Renew, Request, Shutdown, decode_header,
     encode,
 };
 use tiffin_types::{limits, program::Program};
@@ -86,6 +86,20 @@ pub(super) fn identity(vm: &Vm) -> Boot {
         resolvers: vm.uplink().map(|_| network::GATEWAY_V4.to_string()).into_iter().collect(),
         cpus: spec.size.cpus,
         max_pids: limits::GUEST_PIDS,
+        link: vm.launch.machine.as_ref().map(|_| link(vm.ipv6)),
+    }
+}
+
+/// How a guest with a kernel of its own sets up its way to the gateway.
+fn link(ipv6: bool) -> Link {
+    Link {
+        address: GUEST_V4,
+        prefix: network::PREFIX_V4,
+        gateway: network::GATEWAY_V4,
+        v6: match (network::GUEST_V6.parse(), network::GATEWAY_V6.parse()) {
+            (Ok(guest), Ok(gateway)) if ipv6 => Some((guest, network::PREFIX_V6, gateway)),
+            _ => None,
+        },
     }
 }
 

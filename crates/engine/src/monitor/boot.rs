@@ -10,7 +10,7 @@ use std::{
     net::SocketAddr,
     os::unix::process::CommandExt,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdin, Command, Stdio},
     sync::Arc,
     thread::{self, ScopedJoinHandle},
     time::{Duration, Instant},
@@ -29,12 +29,13 @@ use super::{
     end::forget_memory,
     gate::Gate,
     launch::{self, DISK, LAUNCHER_LOG, MEMORY, Phase, RESTORE, SCRATCH},
-    rest,
+    machine, rest,
     state::Vm,
 };
 use crate::{
     gvisor,
     host::{
+        cgroup::ENGINE_MEM_MB,
         denied::Listener,
         dns, filter, flows,
         mount::{mount_disk, mount_overlay},
@@ -50,7 +51,7 @@ const AGENT: &str = "/.tiffin/tiffin-agent";
 const CHANNEL_PIPE: libc::c_int = 256 * 1024;
 
 /// A step of the boot failed; the text is for the engine's log, not for the API.
-type Step<T> = Result<T, String>;
+pub(super) type Step<T> = Result<T, String>;
 
 /// Starts the guest and gives the sandbox's pid; whether the agent gets ready in time is watched from then on.
 pub(super) fn boot(vm: &Arc<Vm>) -> Result<Pid, EndReport> {
@@ -66,7 +67,9 @@ pub(super) fn boot(vm: &Arc<Vm>) -> Result<Pid, EndReport> {
     let watch = move || match watched.wait_while(Phase::Starting, Some(deadline)) {
         Some(Phase::Running | Phase::Paused) => {
             watched.engine_log.line(format!("up after {} ms", begun.elapsed().as_millis()));
-            rest::keep(&watched);
+            if watched.launch.machine.is_none() {
+                rest::keep(&watched);
+            }
         }
         Some(Phase::Starting | Phase::Ended) => {}
         None => watched.decide_end(
@@ -88,8 +91,18 @@ fn report(vm: &Vm, reason: EndReason, message: &str) -> EndReport {
 }
 
 fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
-    let reached = |what: &str| vm.engine_log.line(format!("{what} after {} ms", begun.elapsed().as_millis()));
     leave_the_host(vm)?;
+    match &vm.launch.machine {
+        Some(machine) => machine::start(vm, machine, begun),
+        None => start_sandbox(vm, begun, deadline),
+    }
+}
+
+fn start_sandbox(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
+    let reached = |what: &str| vm.engine_log.line(format!("{what} after {} ms", begun.elapsed().as_millis()));
+    for name in ["runsc", "bundle"] {
+        fs::create_dir(vm.scratch(name)).map_err(|e| step("the scratch folder", e))?;
+    }
     let restore = vm.launch.restore.as_ref();
     let gate = Gate::new(&vm.scratch(LAUNCHER_LOG)).map_err(|e| step("the gate", e))?;
     let pid_file = vm.scratch("sandbox.pid");
@@ -113,7 +126,7 @@ fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
     })?;
     listen_to(vm, &mut child)?;
     if restore.is_none() {
-        boot_agent(vm, &mut child)?;
+        drop(boot_agent(vm, &mut child)?);
     }
     wait_for_launcher(vm, &mut child, deadline)?;
     reached("engine launched");
@@ -138,11 +151,11 @@ fn forget_restore(vm: &Vm) -> io::Result<()> {
     File::open(&vm.folder)?.sync_all()
 }
 
-fn step(what: &str, error: impl std::fmt::Display) -> String {
+pub(super) fn step(what: &str, error: impl std::fmt::Display) -> String {
     format!("{what}: {error}")
 }
 
-fn join<T>(thread: ScopedJoinHandle<'_, Step<T>>) -> Step<T> {
+pub(super) fn join<T>(thread: ScopedJoinHandle<'_, Step<T>>) -> Step<T> {
     thread.join().unwrap_or_else(|_| Err("a thread of the boot panicked".into()))
 }
 
@@ -157,11 +170,7 @@ fn leave_the_host(vm: &Vm) -> Step<()> {
     let scratch = vm.folder.join(SCRATCH);
     fs::create_dir_all(&scratch).map_err(|e| step("the scratch folder", e))?;
     mount(Some("tiffin"), &scratch, Some("tmpfs"), MsFlags::empty(), Some("mode=700,size=16m"))
-        .map_err(|e| step("mounting the scratch folder", e))?;
-    for name in ["runsc", "bundle"] {
-        fs::create_dir(vm.scratch(name)).map_err(|e| step("the scratch folder", e))?;
-    }
-    Ok(())
+        .map_err(|e| step("mounting the scratch folder", e))
 }
 
 /// The namespace began as a copy of the host's: without this, the VM would keep other images' disk space as long as it runs. What
@@ -182,12 +191,7 @@ fn prove_apart(vm: &Vm) -> Step<()> {
 
 /// Everything that has to stand before the engine may run.
 fn prepare<'scope>(vm: &'scope Arc<Vm>, scope: &'scope thread::Scope<'scope, '_>) -> Step<()> {
-    let filter = scope.spawn(|| {
-        let listener = Listener::open().map_err(|e| step("listening for denied packets", e))?;
-        filter::apply_gateway(&vm.launch.spec.egress, &vm.host_addresses).map_err(|e| step("the packet filter", e))?;
-        flows::configure();
-        Ok(listener)
-    });
+    let filter = scope.spawn(|| apply_filter(vm));
     let disk = scope.spawn(|| mount_root(vm));
     let guest = scope.spawn(|| make_guest_namespace(vm));
     let network = join(guest).and_then(|()| configure_network(vm));
@@ -198,6 +202,14 @@ fn prepare<'scope>(vm: &'scope Arc<Vm>, scope: &'scope thread::Scope<'scope, '_>
     hide_the_host(vm)?;
     let config = gvisor::bundle_config(&vm.scratch("root"), AGENT, &vm.scratch("netns"), vm.launch.spec.id.as_str());
     fs::write(vm.scratch("bundle/config.json"), config.to_string()).map_err(|e| step("the bundle", e))
+}
+
+/// What stands between the guest and everything else.
+pub(super) fn apply_filter(vm: &Vm) -> Step<Listener> {
+    let listener = Listener::open().map_err(|e| step("listening for denied packets", e))?;
+    filter::apply_gateway(&vm.launch.spec.egress, &vm.host_addresses).map_err(|e| step("the packet filter", e))?;
+    flows::configure();
+    Ok(listener)
 }
 
 fn mount_root(vm: &Vm) -> Step<()> {
@@ -218,7 +230,7 @@ fn make_guest_namespace(vm: &Vm) -> Step<()> {
         .map_err(|e| step("keeping the guest's network", e))
 }
 
-fn configure_network(vm: &Vm) -> Step<()> {
+pub(super) fn configure_network(vm: &Vm) -> Step<()> {
     let launch = &vm.launch;
     network::configure_gateway(launch.uplink.is_some()).map_err(|e| step("the gateway", e))?;
     let Some(uplink) = launch.uplink else { return Ok(()) };
@@ -256,7 +268,7 @@ pub(super) fn on_host<T: Send, E: std::fmt::Display + Send>(
     })
 }
 
-fn watch_denied(vm: &Arc<Vm>, listener: Listener) -> Step<()> {
+pub(super) fn watch_denied(vm: &Arc<Vm>, listener: Listener) -> Step<()> {
     let vm = Arc::clone(vm);
     let watch = move || {
         while let Ok(()) = listener.wait(|destination| {
@@ -284,7 +296,7 @@ fn hide_the_host(vm: &Vm) -> Step<()> {
 
 /// Starts the engine's launcher: it joins the VM's control groups, and waits at the gate.
 fn spawn_engine(vm: &Vm, pid_file: &Path) -> Step<Child> {
-    vm.group.create(vm.launch.spec.size).map_err(|e| step("the control groups", e))?;
+    vm.group.create(vm.launch.spec.size, ENGINE_MEM_MB).map_err(|e| step("the control groups", e))?;
     vm.note_oom_kills();
     let door = vm.group.door().map_err(|e| step("the control groups", e))?;
     let mut command: Command = vm.with_paths(|paths| match vm.launch.restore {
@@ -298,7 +310,7 @@ fn spawn_engine(vm: &Vm, pid_file: &Path) -> Step<Child> {
 }
 
 /// Listens to what the agent and the engine say from now on.
-fn listen_to(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
+pub(super) fn listen_to(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
     if let Some(events) = child.stdout.take() {
         if vm.launch.spec.program.is_some() {
             // With less, each turn of the reader's stops a program that prints much. A kernel that refuses is only slower.
@@ -315,14 +327,17 @@ fn listen_to(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
 }
 
 /// Tells the agent who it is.
-fn boot_agent(vm: &Vm, child: &mut Child) -> Step<()> {
+///
+/// Gives the way that it was told by: a machine takes its end for a cable that was pulled.
+pub(super) fn boot_agent(vm: &Vm, child: &mut Child) -> Step<Option<ChildStdin>> {
     let mut line = serde_json::to_vec(&agent::identity(vm)).map_err(|e| step("the agent's boot line", e))?;
     line.push(b'\n');
-    if let Some(mut stdin) = child.stdin.take() {
+    let mut stdin = child.stdin.take();
+    if let Some(stdin) = &mut stdin {
         // A launcher that has ended doesn't read; its exit status says more than the broken pipe.
         let _ = stdin.write_all(&line);
     }
-    Ok(())
+    Ok(stdin)
 }
 
 /// Makes the guest that was saved under `old_token` this VM, and then it is ready. On a thread, so that its end is noticed

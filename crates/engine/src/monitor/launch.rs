@@ -79,6 +79,22 @@ pub struct Launch {
     /// The saved guest to go on from, instead of booting.
     #[serde(default)]
     pub restore: Option<Restore>,
+    /// What the VM's machine is made of, where it has a kernel of its own. `image` is a file then, not a folder.
+    #[serde(default)]
+    pub machine: Option<MachineFiles>,
+}
+
+/// The host's files that a machine needs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineFiles {
+    /// The QEMU program.
+    pub qemu: PathBuf,
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// The guest's first files.
+    pub initramfs: PathBuf,
+    /// Whether KVM is to run the guest's code.
+    pub kvm: bool,
 }
 
 /// Where lines that a VM's program prints are kept, and how many.

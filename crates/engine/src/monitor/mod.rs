@@ -19,8 +19,10 @@ mod control;
 mod egress;
 mod end;
 mod gate;
+mod jail;
 pub mod launch;
 pub mod log;
+mod machine;
 mod output;
 mod pause;
 mod program;
@@ -86,7 +88,7 @@ fn first_stage(folder: &Path) -> io::Result<()> {
     let folder = std::env::current_dir()?;
     let launch: Launch =
         launch::read(Path::new("."), LAUNCH)?.ok_or_else(|| io::Error::other("there is no launch.json"))?;
-    if launch.engine != EngineName::Gvisor {
+    if !matches!(launch.engine, EngineName::Gvisor | EngineName::Qemu) {
         return Err(io::Error::other(format!("the engine {} is not known here", launch.engine.as_str())));
     }
     setsid()?;

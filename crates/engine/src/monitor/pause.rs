@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use tiffin_types::vm::EndReason;
 
-use super::{agent, state::Vm};
+use super::{agent, machine, state::Vm};
 use crate::{
     gvisor::{
         self,
@@ -27,6 +27,9 @@ pub(super) const QUICK: Duration = Duration::from_secs(20);
 
 /// Pauses a guest that runs, for as long as it may be. When it fails, the guest runs, or has been ended.
 pub(super) fn pause(vm: &Vm) -> Result<(), String> {
+    if vm.launch.machine.is_some() {
+        return machine::ask(vm, "stop").map_err(|e| e.to_string());
+    }
     vm.set_held(Some(hold(vm)?));
     signal(vm, Signal::SIGSTOP);
     Ok(())
@@ -34,6 +37,9 @@ pub(super) fn pause(vm: &Vm) -> Result<(), String> {
 
 /// Lets a paused guest go on. When it fails, nothing is known to have changed.
 pub(super) fn resume(vm: &Vm, within: Duration) -> Result<(), String> {
+    if vm.launch.machine.is_some() {
+        return machine::ask(vm, "cont").map_err(|e| e.to_string());
+    }
     signal(vm, Signal::SIGCONT);
     let resumed = match vm.held() {
         Some(Held::BySocket) => resume_by_socket(vm, within).map_err(|e| e.to_string()),

@@ -35,6 +35,7 @@ use crate::{
         denied::Counts,
         network::{Uplink, has_ipv6},
     },
+    qemu::qmp::Qmp,
 };
 
 /// Between two attempts to get a lock.
@@ -66,6 +67,8 @@ pub(super) struct Vm {
     pub(super) resolver: OnceLock<()>,
     /// The sandbox's process, once it runs.
     pub(super) sandbox: OnceLock<Pid>,
+    /// The way to a machine's QEMU, once it greeted.
+    pub(super) qmp: Mutex<Option<Qmp>>,
     /// How exact the sandbox's timers are.
     pub(super) rest: Rest,
     /// By what a paused guest stands still.
@@ -114,6 +117,7 @@ impl Vm {
             owes_news: AtomicBool::new(false),
             resolver: OnceLock::new(),
             sandbox: OnceLock::new(),
+            qmp: Mutex::default(),
             rest: Rest::default(),
             held: Mutex::default(),
             tools: Mutex::default(),

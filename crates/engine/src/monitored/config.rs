@@ -4,6 +4,20 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::Ipv4Net;
 use tiffin_logs::Limits;
+use tiffin_types::vm::EngineName;
+
+/// What QEMU and its guests are made of.
+#[derive(Debug, Clone)]
+pub struct MachinesConfig {
+    /// The QEMU program.
+    pub qemu: PathBuf,
+    /// The guests' kernel: an uncompressed Linux that can be entered by PVH.
+    pub kernel: PathBuf,
+    /// The folder of that kernel's modules.
+    pub modules: PathBuf,
+    /// Whether KVM works here: then it runs the guests' code.
+    pub kvm: bool,
+}
 
 /// Where things are on this host and how its VMs are run.
 #[derive(Debug, Clone)]
@@ -14,6 +28,10 @@ pub struct HostConfig {
     pub run_dir: PathBuf,
     /// The `runsc` program.
     pub runsc: PathBuf,
+    /// What machines with a kernel of their own are run by, where there are any.
+    pub machines: Option<MachinesConfig>,
+    /// What runs VMs of which nobody says by what.
+    pub engine: EngineName,
     /// The agent's program, static; copied into the data folder, so that it may be replaced while VMs run.
     pub agent: PathBuf,
     /// The program whose `monitor` subcommand is [`crate::monitor::main`].

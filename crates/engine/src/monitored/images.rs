@@ -50,6 +50,11 @@ impl Images {
         }
     }
 
+    /// The image's filesystem as a file, for a machine that mounts it itself.
+    pub(super) fn file(&self, digest: &Digest) -> Result<PathBuf, EngineError> {
+        self.require(digest).map(|()| self.blob(digest))
+    }
+
     /// The folder that shows the image; mounted now if it wasn't. Refused when the VM in `folder`, for which it is, was removed
     /// meanwhile.
     pub(super) async fn mounted(&self, digest: &Digest, folder: &Path) -> Result<PathBuf, EngineError> {

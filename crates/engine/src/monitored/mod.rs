@@ -11,6 +11,7 @@ mod egress;
 mod folder;
 mod images;
 mod leftovers;
+mod machines;
 mod program;
 mod save;
 mod snapshots;
@@ -33,19 +34,20 @@ use tiffin_protocol::AGENT_PORT;
 use tiffin_types::{
     id::{Digest, SnapshotId, VmId},
     network::EgressPolicy,
-    vm::{EndReport, EngineName, Isolation, VmSpec},
+    vm::{EndReport, EngineName, VmSpec},
 };
 use tokio::sync::mpsc;
 
 pub use self::{
     clean::{Cleaned, clean},
-    config::HostConfig,
+    config::{HostConfig, MachinesConfig},
 };
 use self::{
-    images::Images, leftovers::Leftovers, snapshots::Snapshots, stream::GuestStream, uplinks::Uplinks, watch::Watch,
+    images::Images, leftovers::Leftovers, machines::Machines, snapshots::Snapshots, stream::GuestStream,
+    uplinks::Uplinks, watch::Watch,
 };
 use crate::{
-    Capabilities, Connection, Denied, Ended, Engine, EngineError, LogKind, LogTail, Observed, Saved, Started, Target,
+    Connection, Denied, Ended, Engine, EngineError, Kind, LogKind, LogTail, Observed, Saved, Started, Target,
     host::{
         cgroup::Cgroups,
         disk, filter,
@@ -74,6 +76,9 @@ pub struct Monitored {
     /// The folder that is laid over every guest's root: it holds the agent.
     agent_dir: PathBuf,
     snapshots: Arc<Snapshots>,
+    kinds: Vec<Kind>,
+    default_kind: Kind,
+    machines: Option<Machines>,
     watches: Arc<Mutex<HashMap<VmId, Watch>>>,
     uplinks: Uplinks,
     ends: mpsc::Sender<Ended>,
@@ -104,7 +109,16 @@ impl Monitored {
         let cgroups = Cgroups::detect().map_err(|e| EngineError::host("looking for control groups", e))?;
         filter::apply_host(config.uplinks).map_err(|e| EngineError::host("setting the host's packet filter", e))?;
         let (ends, ended) = mpsc::channel(ENDS);
+        let machines = config.machines.as_ref().map(|machines| Machines::set_up(machines, &config)).transpose()?;
+        let kinds = machines::kinds(machines.as_ref());
+        let is_default = |kind: &&Kind| kind.name == config.engine;
+        let default_kind = *kinds.iter().find(is_default).ok_or_else(|| {
+            EngineError::Invalid(format!("engine = {}: this host doesn't have what it needs", config.engine.as_str()))
+        })?;
         Ok(Self {
+            kinds,
+            default_kind,
+            machines,
             images: Arc::new(Images::new(&config)),
             agent_dir: agent::install(&config.agent, &config.data_dir)
                 .map_err(|e| EngineError::host(format!("installing the agent {}", config.agent.display()), e))?,
@@ -199,22 +213,19 @@ fn host_or_full(context: &str, error: io::Error) -> EngineError {
 
 #[async_trait]
 impl Engine for Monitored {
-    fn name(&self) -> EngineName {
-        EngineName::Gvisor
+    fn kinds(&self) -> &[Kind] {
+        &self.kinds
     }
 
-    fn isolation(&self) -> Isolation {
-        Isolation::UserspaceKernel
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        Capabilities { pause: true, snapshot: true, kernels: false }
+    fn default_kind(&self) -> Kind {
+        self.default_kind
     }
 
     async fn create(&self, spec: &VmSpec) -> Result<(), EngineError> {
         if self.is_made(spec)? {
             return Ok(());
         }
+        self.require_engine(spec.engine)?;
         self.check_room()?;
         self.images.require(&spec.image)?;
         let dir = self.folder(&spec.id);
@@ -241,14 +252,21 @@ impl Engine for Monitored {
             over.map_err(|_| EngineError::WrongState("not answering"))?;
         }
         self.check_room()?;
-        // First, as it has runsc asked on a thread for that where its release isn't known yet.
-        let engine_version = self.engine_version().await?;
+        self.require_engine(spec.engine)?;
+        // First, as it has the engine's program asked on a thread for that where its release isn't known yet.
+        let engine_version = self.engine_version(spec.engine).await?;
         let (restore, agent_dir) = self.restore_of(id)?;
-        let image = self.images.mounted(&spec.image, &self.folder(id)).await?;
+        let (image, machine) = match &self.machines {
+            Some(machines) if spec.engine == EngineName::Qemu => {
+                (self.images.file(&spec.image)?, Some(machines.files.clone()))
+            }
+            _ => (self.images.mounted(&spec.image, &self.folder(id)).await?, None),
+        };
         let uplink = if spec.egress.allows_something() { Some(self.uplinks.take(id).await?) } else { None };
         let launch = Launch {
+            engine: spec.engine,
             spec,
-            engine: self.name(),
+            machine,
             image,
             agent_dir,
             runsc: self.config.runsc.clone(),
@@ -427,6 +445,13 @@ impl Engine for Monitored {
 }
 
 impl Monitored {
+    fn require_engine(&self, name: EngineName) -> Result<(), EngineError> {
+        match self.kind(name) {
+            Some(_) => Ok(()),
+            None => Err(EngineError::Invalid(format!("this host has no engine {}", name.as_str()))),
+        }
+    }
+
     /// Whether the VM is there already, with this spec.
     fn is_made(&self, spec: &VmSpec) -> Result<bool, EngineError> {
         match launch::read::<VmSpec>(&self.folder(&spec.id), SPEC) {

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use tiffin_types::{
     id::{SnapshotId, VmId},
-    vm::VmSpec,
+    vm::{EngineName, VmSpec},
 };
 
 use super::{Monitored, blocking, host_or_full, talk};
@@ -55,7 +55,10 @@ impl Monitored {
         saved
     }
 
-    pub(super) async fn engine_version(&self) -> Result<String, EngineError> {
+    pub(super) async fn engine_version(&self, engine: EngineName) -> Result<String, EngineError> {
+        if let (EngineName::Qemu, Some(machines)) = (engine, &self.machines) {
+            return Ok(machines.version.clone());
+        }
         let snapshots = Arc::clone(&self.snapshots);
         let asked = tokio::task::spawn_blocking(move || snapshots.engine_version()).await;
         asked.map_err(|e| EngineError::host("asking runsc its release", e))?

@@ -45,7 +45,7 @@ pub(crate) async fn health_get(State(app): State<Arc<App>>) -> (StatusCode, Json
     let body = HealthBody {
         status: word(store),
         store: word(store),
-        engine: app.engine.name().as_str(),
+        engine: app.engine.default_kind().name.as_str(),
         version: env!("CARGO_PKG_VERSION"),
     };
     (status, Json(body))

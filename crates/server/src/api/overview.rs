@@ -86,8 +86,8 @@ pub(crate) async fn overview_get(caller: Caller, State(app): State<Arc<App>>) ->
     let (figures, host) = (overview.figures, overview.host);
     Ok(Json(OverviewBody {
         version: env!("CARGO_PKG_VERSION"),
-        engine: app.engine.name().as_str(),
-        isolation: app.engine.isolation().as_str(),
+        engine: app.engine.default_kind().name.as_str(),
+        isolation: app.engine.default_kind().isolation.as_str(),
         started_at: app.started_at,
         uptime_s: app.began.elapsed().as_secs(),
         vms: overview.vms.into_iter().map(|(state, count)| (state.as_str(), count)).collect(),

@@ -16,7 +16,7 @@ use tiffin_types::{
     limits,
     network::{EgressPolicy, parse_allow_entry},
     time::Timestamp,
-    vm::{EndReport, ProvisionMode, VmState},
+    vm::{EndReport, EngineName, ProvisionMode, VmState},
 };
 use utoipa::ToSchema;
 
@@ -35,7 +35,7 @@ use crate::{
 
 /// The address that every guest has in its own network.
 const GUEST_IP: &str = "172.16.0.2";
-const CREATE_FIELDS: &str = "cpu, memMb, allowIps, outboundInternet, imageId, snapshotId, diskSizeMb are";
+const CREATE_FIELDS: &str = "cpu, memMb, allowIps, outboundInternet, imageId, snapshotId, diskSizeMb, engine are";
 
 /// What to make.
 #[derive(ToSchema)]
@@ -65,6 +65,9 @@ pub(crate) struct VmCreate {
     /// Room for what it writes, in MiB; 1024 or the snapshot's when missing.
     #[schema(minimum = 64, maximum = 512_000)]
     disk_size_mb: Option<u32>,
+    /// What runs it, of what this host has; the server's `engine`, or the snapshot's, when missing.
+    #[schema(example = "gvisor")]
+    engine: Option<String>,
 }
 
 /// A VM.
@@ -333,12 +336,15 @@ fn vm_request(mut fields: Fields) -> Result<VmRequest, AppError> {
         fields.optional("snapshotId", None, "must be a snapshot's id, such as snap-0123456789abcd", |value| {
             text(value)?.parse::<SnapshotId>().ok().map(Some)
         });
+    let engine = fields
+        .optional("engine", None, "must be gvisor or qemu", |value| text(value)?.parse::<EngineName>().ok().map(Some));
     let request = (|| {
         Some(VmRequest {
             cpus: cpus?,
             mem_mb: mem_mb?,
             disk_mb: disk_mb?,
             egress: EgressPolicy { outbound_internet: outbound_internet?, allow: allow? },
+            engine: engine?,
             image_id: image_id?,
             snapshot_id: snapshot_id?,
             service: None,

@@ -22,7 +22,7 @@ use tiffin_store::NewVm;
 use tiffin_types::{
     id::{Digest, VmId},
     network::EgressPolicy,
-    vm::VmSize,
+    vm::{EngineName, VmSize},
 };
 use tokio::sync::{Notify, OwnedRwLockWriteGuard};
 
@@ -41,11 +41,12 @@ const QUIET: Duration = Duration::from_secs(30);
 pub(crate) struct Kind {
     pub(crate) image: Digest,
     pub(crate) size: VmSize,
+    pub(crate) engine: EngineName,
 }
 
 impl Kind {
     fn of(new: &NewVm) -> Self {
-        Self { image: new.image_digest.clone(), size: new.size }
+        Self { image: new.image_digest.clone(), size: new.size, engine: new.engine }
     }
 }
 

@@ -58,7 +58,7 @@ impl Prepared {
 
     /// Boots a VM that is down and pauses it, if that is wanted now. On failure it is down. The caller holds its lock.
     pub(super) async fn prepare(&self, app: &App, id: &VmId) -> Result<(), EngineError> {
-        if !self.has_room() || !app.engine.capabilities().pause {
+        if !self.has_room() || !app.engine.default_kind().capabilities.pause {
             return Ok(());
         }
         let boot = async {
@@ -131,7 +131,7 @@ impl Prepared {
 
 /// Prepares cached VMs that are down, for as long as the server runs.
 pub(crate) async fn keep_prepared(app: Arc<App>) {
-    if app.prepared.most == 0 || !app.engine.capabilities().pause {
+    if app.prepared.most == 0 || !app.engine.default_kind().capabilities.pause {
         return;
     }
     loop {

@@ -45,6 +45,7 @@ pub(crate) async fn service_create(
         mem_mb: request.mem_mb,
         disk_mb: request.service.volume_gb.map(|gb| gb.saturating_mul(GB_IN_MIB)),
         egress: egress(app),
+        engine: None,
         image_id: Some(request.image_id),
         snapshot_id: None,
         service: Some((request.service, request.env)),

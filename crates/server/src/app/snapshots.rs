@@ -7,11 +7,13 @@ pub(crate) mod save;
 
 use std::sync::Arc;
 
+use tiffin_engine::Kind;
 use tiffin_store::Snapshot;
 use tiffin_types::{
     account::Scope,
     id::SnapshotId,
     snapshot::{SnapshotEvent, SnapshotState},
+    vm::EngineName,
 };
 
 use super::{App, auth::Caller};
@@ -80,13 +82,13 @@ fn is_shown(snapshot: &Snapshot) -> bool {
     }
 }
 
-/// Refuses where the engine has no snapshots.
-pub(super) fn can_snapshot(app: &App) -> Result<(), AppError> {
-    match app.engine.capabilities().snapshot {
-        true => Ok(()),
-        false => Err(AppError::Unprocessable {
+/// The kind of VM that can be saved and restored by that engine, which is refused where it has no snapshots.
+pub(super) fn can_snapshot(app: &App, engine: EngineName) -> Result<Kind, AppError> {
+    match app.engine.kind(engine) {
+        Some(kind) if kind.capabilities.snapshot => Ok(kind),
+        _ => Err(AppError::Unprocessable {
             code: "unsupported",
-            message: format!("the engine {} has no snapshots", app.engine.name().as_str()),
+            message: format!("the engine {} has no snapshots", engine.as_str()),
         }),
     }
 }

@@ -80,9 +80,18 @@ pub const KEYS: &[Key] = &[
         "engine",
         "auto",
         Allowed::OneOf(&["auto", "gvisor", "qemu", "firecracker", "fake"]),
-        "What runs VMs. This version has gvisor, which auto picks, and fake, which isolates nothing and is for tests.",
+        "What runs VMs of which nobody says by what: gvisor or qemu, of which auto picks qemu where KVM works and qemu.kernel \
+         is set. This version doesn't have firecracker; fake isolates nothing and is for tests.",
     ),
     Key::unset("runsc", "the first on PATH", PATH, "gVisor's program."),
+    Key::unset("qemu.program", "qemu-system-x86_64, the first on PATH", PATH, "QEMU's program, 7.2 or newer."),
+    Key::unset(
+        "qemu.kernel",
+        "no VMs with a kernel of their own",
+        PATH,
+        "The kernel of QEMU's VMs: an uncompressed x86-64 Linux (vmlinux) that can be entered by PVH.",
+    ),
+    Key::unset("qemu.modules", "modules, beside qemu.kernel", PATH, "The folder of that kernel's modules."),
     Key::unset("agent", "found beside the program", PATH, "The static program that is process 1 in each guest."),
     Key::new("log.format", "text", Allowed::OneOf(&["text", "json"]), "How log lines look."),
     Key::new(

@@ -38,6 +38,8 @@ pub struct Config {
     pub engine: EngineChoice,
     /// The `runsc` to use; the first on `PATH` when not set.
     pub runsc: Option<Utf8PathBuf>,
+    /// What VMs with a kernel of their own are made of.
+    pub qemu: QemuConfig,
     /// The guest agent to use; found beside the program when not set.
     pub agent: Option<Utf8PathBuf>,
     /// Logging.
@@ -93,6 +95,17 @@ pub enum EngineChoice {
     Auto,
     /// That one.
     Named(EngineName),
+}
+
+/// What VMs with a kernel of their own are made of.
+#[derive(Debug, Clone)]
+pub struct QemuConfig {
+    /// The QEMU program; the first on `PATH` when not set.
+    pub program: Option<Utf8PathBuf>,
+    /// The guests' kernel; without one there are no such VMs.
+    pub kernel: Option<Utf8PathBuf>,
+    /// That kernel's modules; beside it when not set.
+    pub modules: Option<Utf8PathBuf>,
 }
 
 /// Logging.
@@ -400,6 +413,11 @@ impl Config {
             run_dir: values.path("run_dir")?,
             engine: engine(values)?,
             runsc: values.optional_path("runsc")?,
+            qemu: QemuConfig {
+                program: values.optional_path("qemu.program")?,
+                kernel: values.optional_path("qemu.kernel")?,
+                modules: values.optional_path("qemu.modules")?,
+            },
             agent: values.optional_path("agent")?,
             log: LogConfig {
                 json: values.one_of("log.format")? == "json",

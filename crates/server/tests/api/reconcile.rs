@@ -103,6 +103,7 @@ async fn what_no_record_knows_is_removed_from_the_host() -> Result<()> {
         image: tiffin_types::id::Digest::from_sha256([9; 32]),
         size: VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 },
         egress: EgressPolicy::default(),
+        engine: tiffin_types::vm::EngineName::Fake,
         program: None,
     };
     server.fake.plant(stray);

@@ -382,6 +382,7 @@ fn any_spec() -> VmSpec {
         image: tiffin_types::id::Digest::from_sha256([7; 32]),
         size: tiffin_types::vm::VmSize { cpus: 1, mem_mb: 128, disk_mb: 1024 },
         egress: Default::default(),
+        engine: tiffin_types::vm::EngineName::Fake,
         program: None,
     }
 }

@@ -47,6 +47,22 @@ async fn a_created_vm_runs_and_is_what_was_asked_for() -> Result<()> {
 }
 
 #[tokio::test]
+async fn an_engine_is_taken_by_name_if_the_host_has_it() -> Result<()> {
+    let server = Server::start().await?;
+    let vm = server.post("/v1/vms", &with("engine", json!("fake"))).await?.ok(201);
+    assert_eq!(vm["engine"], "fake");
+    for (engine, expected) in
+        [(json!("qemu"), "must be one of this host's: fake"), (json!("bochs"), "must be gvisor or qemu")]
+    {
+        let refused = server.post("/v1/vms", &with("engine", engine)).await?;
+        assert_eq!((refused.status.as_u16(), wrong_fields(&refused)), (400, vec!["engine".to_owned()]));
+        assert!(refused.json()["details"]["fields"][0]["message"].as_str().unwrap().contains(expected), "{refused:?}");
+    }
+    assert_eq!(server.get("/v1/vms").await?.ok(200).as_array().unwrap().len(), 1);
+    Ok(())
+}
+
+#[tokio::test]
 async fn every_bad_value_of_every_field_is_a_400_that_names_it_and_makes_nothing() -> Result<()> {
     let server = Server::start().await?;
     let not_numbers = [

@@ -248,8 +248,14 @@ async fn cut_short(server: &Server, vm: &str, up: &[bool]) -> Result<SnapshotId>
         if *up {
             server.store.vm_transition(&clone.id, VmState::Created, VmEvent::Start, Default::default()).await?;
             let (id, image) = (clone.id.clone(), clone.image_digest.clone());
-            let spec =
-                tiffin_types::vm::VmSpec { id, image, size: clone.size, egress: clone.egress.clone(), program: None };
+            let spec = tiffin_types::vm::VmSpec {
+                id,
+                image,
+                size: clone.size,
+                egress: clone.egress.clone(),
+                engine: tiffin_types::vm::EngineName::Fake,
+                program: None,
+            };
             server.fake.plant_snapshot(snapshot.id.clone(), &spec);
             server.fake.plant(spec);
         }

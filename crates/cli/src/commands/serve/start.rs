@@ -7,7 +7,13 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use tiffin_engine::{Engine, fake::Fake, monitored::HostConfig};
+use tiffin_engine::{
+    Engine,
+    doctor::kvm,
+    fake::Fake,
+    monitored::{HostConfig, MachinesConfig},
+    qemu::QEMU,
+};
 use tiffin_server::{Config, config::EngineChoice};
 use tiffin_types::vm::EngineName;
 
@@ -25,12 +31,14 @@ pub(super) fn engine(config: &Config) -> anyhow::Result<Arc<dyn Engine>> {
             tracing::warn!("engine = fake: nothing runs and nothing is isolated; for tests only");
             Ok(Fake::new())
         }
-        // The only one so far.
-        EngineChoice::Auto | EngineChoice::Named(EngineName::Gvisor) => {
-            tiffin_engine::open(host_config(config)?).context("preparing the host")
+        EngineChoice::Named(EngineName::Firecracker) => {
+            bail!("engine = firecracker: this version doesn't have it; set auto, gvisor or qemu")
         }
-        EngineChoice::Named(other @ (EngineName::Qemu | EngineName::Firecracker)) => {
-            bail!("engine = {}: this version doesn't have it; set auto or gvisor", other.as_str())
+        EngineChoice::Auto | EngineChoice::Named(EngineName::Gvisor | EngineName::Qemu) => {
+            let engine = tiffin_engine::open(host_config(config)?).context("preparing the host")?;
+            let names: Vec<&str> = engine.kinds().iter().map(|kind| kind.name.as_str()).collect();
+            tracing::info!(default = engine.default_kind().name.as_str(), "engines: {}", names.join(", "));
+            Ok(engine)
         }
     }
 }
@@ -39,10 +47,17 @@ fn host_config(config: &Config) -> anyhow::Result<HostConfig> {
     let program = std::env::current_exe().context("where this program is")?;
     let beside = || program.parent().map(|folder| folder.join("tiffin-agent"));
     let named = |path: &Option<camino::Utf8PathBuf>| path.as_ref().map(|path| path.clone().into_std_path_buf());
+    let machines = machines(config)?;
     Ok(HostConfig {
         data_dir: config.data_dir.clone().into(),
         run_dir: config.run_dir.clone().into(),
         runsc: named(&config.runsc).or_else(|| on_path("runsc")).context("no runsc on PATH")?,
+        engine: match config.engine {
+            EngineChoice::Named(name) => name,
+            EngineChoice::Auto if machines.as_ref().is_some_and(|machines| machines.kvm) => EngineName::Qemu,
+            EngineChoice::Auto => EngineName::Gvisor,
+        },
+        machines,
         agent: named(&config.agent).or_else(beside).context("no guest agent")?,
         uplinks: config.network.uplink,
         resolvers: resolvers(config),
@@ -52,6 +67,19 @@ fn host_config(config: &Config) -> anyhow::Result<HostConfig> {
         min_free_disk_mb: MIN_FREE_DISK_MB,
         monitor: SELF.into(),
     })
+}
+
+/// What VMs with a kernel of their own are made of, where one is named.
+fn machines(config: &Config) -> anyhow::Result<Option<MachinesConfig>> {
+    let qemu = &config.qemu;
+    let Some(kernel) = &qemu.kernel else { return Ok(None) };
+    let program = qemu.program.clone().map(PathBuf::from).or_else(|| on_path(QEMU));
+    Ok(Some(MachinesConfig {
+        qemu: program.with_context(|| format!("no {QEMU} on PATH: install it, or unset qemu.kernel"))?,
+        kernel: kernel.clone().into(),
+        modules: qemu.modules.clone().unwrap_or_else(|| kernel.with_file_name("modules")).into(),
+        kvm: kvm::works(),
+    }))
 }
 
 fn on_path(program: &str) -> Option<PathBuf> {

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tiffin_types::{
     id::{ImageId, SnapshotId},
     network::parse_allow_entry,
+    vm::EngineName,
 };
 
 use super::show;
@@ -38,6 +39,9 @@ pub(crate) struct CreateArgs {
     /// The image; the server's default when not given
     #[arg(long, value_name = "ID")]
     image: Option<ImageId>,
+    /// What runs it: gvisor or qemu, where the server has it; the server's default when not given, or the snapshot's
+    #[arg(long, value_name = "NAME")]
+    engine: Option<EngineName>,
     /// Repeating a create with the same key gives the same VM again
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
@@ -122,6 +126,9 @@ fn body(args: &CreateArgs, snapshot: &Value) -> Value {
     }
     if let Some(image) = &args.image {
         body["imageId"] = image.as_str().into();
+    }
+    if let Some(engine) = args.engine {
+        body["engine"] = engine.as_str().into();
     }
     body
 }

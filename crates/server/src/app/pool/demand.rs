@@ -75,12 +75,16 @@ pub(super) fn targets(keep: &[(Kind, usize)], counts: &HashMap<Kind, usize>, mos
 
 #[cfg(test)]
 mod tests {
-    use tiffin_types::vm::VmSize;
+    use tiffin_types::vm::{EngineName, VmSize};
 
     use super::*;
 
     fn kind(mem_mb: u32) -> Kind {
-        Kind { image: Digest::from_sha256([1; 32]), size: VmSize { cpus: 1, mem_mb, disk_mb: 1024 } }
+        Kind {
+            image: Digest::from_sha256([1; 32]),
+            size: VmSize { cpus: 1, mem_mb, disk_mb: 1024 },
+            engine: EngineName::Gvisor,
+        }
     }
 
     fn given(counts: &[(u32, usize)], most: usize) -> Vec<(u32, usize)> {

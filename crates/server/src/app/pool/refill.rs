@@ -47,6 +47,7 @@ async fn tend(app: &Arc<App>) -> bool {
 async fn wanted(app: &App) -> HashMap<Kind, usize> {
     let config = &app.pool.config;
     let counts = app.pool.lock().demand.counts(config.recent);
+    let engine = app.engine.default_kind().name;
     let mut keep = Vec::new();
     if !config.keep.is_empty()
         && let Ok(Some(image)) = app.store.image_default().await
@@ -55,7 +56,7 @@ async fn wanted(app: &App) -> HashMap<Kind, usize> {
         let disk_mb = tiffin_types::limits::DISK_MB_DEFAULT;
         keep.extend(config.keep.iter().map(|keep| {
             let size = VmSize { cpus: keep.cpus, mem_mb: keep.mem_mb, disk_mb };
-            (Kind { image: image.clone(), size }, keep.count)
+            (Kind { image: image.clone(), size, engine }, keep.count)
         }));
     }
     targets(&keep, &counts, config.max_vms)
@@ -98,6 +99,7 @@ async fn boot(app: &Arc<App>, kind: Kind) {
             image: kind.image.clone(),
             size: kind.size,
             egress: EgressPolicy::default(),
+            engine: kind.engine,
             program: None,
         };
         let up = async {

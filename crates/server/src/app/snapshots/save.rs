@@ -41,11 +41,11 @@ pub(crate) async fn snapshot_create(
     name: Option<String>,
 ) -> Result<Taken, AppError> {
     caller.require(Scope::Write)?;
-    can_snapshot(app)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
     app.run(async move {
         running(&work, &caller, &id).await?;
         let (vm_lock, vm) = hold_running(&work, &caller, &id).await?;
+        can_snapshot(&work, vm.engine)?;
         let account = work.store.account_get(&caller.account_id).await?.ok_or(AppError::NotFound("account"))?;
         let new = new_snapshot(&vm, name);
         let _lock = work.snapshot_locks.lock(&new.id).await;

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use tiffin_engine::Kind;
 use tiffin_store::{Idempotency, Inserted, NewVm, Vm};
 use tiffin_types::{
     account::Scope,
@@ -9,7 +10,7 @@ use tiffin_types::{
     limits,
     network::EgressPolicy,
     program::Program,
-    vm::{EndReason, EndReport, ProvisionMode, Service, VmEvent, VmSize, VmState},
+    vm::{EndReason, EndReport, EngineName, ProvisionMode, Service, VmEvent, VmSize, VmState},
 };
 use tokio::sync::OwnedRwLockWriteGuard;
 
@@ -39,6 +40,8 @@ pub(crate) struct VmRequest {
     /// `None`: the snapshot's, or the default.
     pub(crate) disk_mb: Option<u32>,
     pub(crate) egress: EgressPolicy,
+    /// `None`: the host's first.
+    pub(crate) engine: Option<EngineName>,
     pub(crate) image_id: Option<ImageId>,
     pub(crate) snapshot_id: Option<SnapshotId>,
     /// Beyond a sandbox: what it serves, and the environment that its program gets beyond the image's.
@@ -94,14 +97,15 @@ async fn wanted(app: &App, caller: &Caller, request: &VmRequest) -> Result<Wante
         Some((_, env)) => Some(program_of(&image, env)?),
         None => None,
     };
+    let kind = kind_for(app, request.engine)?;
     let disk_mb = request.disk_mb.unwrap_or(limits::DISK_MB_DEFAULT);
     let new = NewVm {
         id: VmId::random(),
         account_id: caller.account_id.clone(),
         image_id: image.id,
         image_digest: digest,
-        engine: app.engine.name(),
-        isolation: app.engine.isolation(),
+        engine: kind.name,
+        isolation: kind.isolation,
         size: VmSize { cpus: request.cpus, mem_mb: request.mem_mb, disk_mb },
         egress: request.egress.clone(),
         provision_mode: ProvisionMode::Boot,
@@ -109,6 +113,15 @@ async fn wanted(app: &App, caller: &Caller, request: &VmRequest) -> Result<Wante
         service: request.service.as_ref().map(|(service, _)| *service),
     };
     Ok(Wanted { new, program })
+}
+
+/// The kind of VM that was asked for, or the one for those who don't say.
+fn kind_for(app: &App, engine: Option<EngineName>) -> Result<Kind, AppError> {
+    let Some(name) = engine else { return Ok(app.engine.default_kind()) };
+    app.engine.kind(name).ok_or_else(|| {
+        let names: Vec<&str> = app.engine.kinds().iter().map(|kind| kind.name.as_str()).collect();
+        AppError::field("engine", format!("must be one of this host's: {}", names.join(", ")))
+    })
 }
 
 /// How a VM's record begins.

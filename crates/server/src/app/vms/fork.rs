@@ -7,6 +7,7 @@
 use std::{sync::Arc, time::Instant};
 
 use futures_util::future::join_all;
+use tiffin_engine::Kind;
 use tiffin_store::{Forked, NewFork, Vm};
 use tiffin_types::{
     account::Scope,
@@ -48,7 +49,6 @@ pub(crate) async fn vm_fork(
     idempotent: Option<Idempotent>,
 ) -> Result<Vec<Vm>, AppError> {
     caller.require(Scope::Write)?;
-    can_snapshot(app)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
     app.run(async move {
         match attempt(&work, &caller, &id, &request, idempotent.as_ref()).await? {
@@ -78,7 +78,7 @@ async fn attempt(
     }
     running(app, caller, id).await?;
     let (source_lock, source) = hold_running(app, caller, id).await?;
-    let new = new_fork(app, &source, request);
+    let new = new_fork(can_snapshot(app, source.engine)?, &source, request);
     let snapshot = &new.snapshot.id;
     // The reconciler leaves what is locked alone.
     let _lock = app.snapshot_locks.lock(snapshot).await;
@@ -121,10 +121,10 @@ async fn answer_to(app: &App, caller: &Caller, forked: Forked) -> Result<Attempt
     }
 }
 
-fn new_fork(app: &App, source: &Vm, request: &ForkRequest) -> NewFork {
+fn new_fork(kind: Kind, source: &Vm, request: &ForkRequest) -> NewFork {
     let snapshot = new_snapshot(source, None);
     let egress = request.egress.as_ref().unwrap_or(&source.egress);
-    let vms = (0..request.count).map(|_| restore::of_saved(app, &snapshot, egress.clone())).collect();
+    let vms = (0..request.count).map(|_| restore::of_saved(kind, &snapshot, egress.clone())).collect();
     NewFork { snapshot, vms }
 }
 

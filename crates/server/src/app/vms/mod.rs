@@ -156,6 +156,7 @@ pub(crate) fn spec_of(vm: &Vm) -> VmSpec {
         image: vm.image_digest.clone(),
         size: vm.size,
         egress: vm.egress.clone(),
+        engine: vm.engine,
         program: None,
     }
 }

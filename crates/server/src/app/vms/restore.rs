@@ -1,5 +1,6 @@
 //! Making a VM of a snapshot: what a request for one must agree with, and that the snapshot stays while it is used.
 
+use tiffin_engine::Kind;
 use tiffin_store::{NewSnapshot, NewVm, Snapshot};
 use tiffin_types::{
     id::{SnapshotId, VmId},
@@ -21,16 +22,16 @@ pub(super) async fn new_vm(
     id: &SnapshotId,
     request: &VmRequest,
 ) -> Result<NewVm, AppError> {
-    can_snapshot(app)?;
     let snapshot = find(app, caller, id).await?;
     agree(&snapshot, request)?;
+    let kind = can_snapshot(app, snapshot.engine)?;
     Ok(NewVm {
         id: VmId::random(),
         account_id: snapshot.account_id,
         image_id: snapshot.image_id,
         image_digest: snapshot.image_digest,
-        engine: app.engine.name(),
-        isolation: app.engine.isolation(),
+        engine: kind.name,
+        isolation: kind.isolation,
         size: snapshot.size,
         egress: request.egress.clone(),
         provision_mode: ProvisionMode::Snapshot,
@@ -39,15 +40,15 @@ pub(super) async fn new_vm(
     })
 }
 
-/// The record of a VM of a snapshot that is to be, with a network of its own.
-pub(super) fn of_saved(app: &App, snapshot: &NewSnapshot, egress: EgressPolicy) -> NewVm {
+/// The record of a VM of that kind and of a snapshot that is to be, with a network of its own.
+pub(super) fn of_saved(kind: Kind, snapshot: &NewSnapshot, egress: EgressPolicy) -> NewVm {
     NewVm {
         id: VmId::random(),
         account_id: snapshot.account_id.clone(),
         image_id: snapshot.image_id.clone(),
         image_digest: snapshot.image_digest.clone(),
-        engine: app.engine.name(),
-        isolation: app.engine.isolation(),
+        engine: kind.name,
+        isolation: kind.isolation,
         size: snapshot.size,
         egress,
         provision_mode: ProvisionMode::Snapshot,
@@ -83,6 +84,10 @@ fn agree(snapshot: &Snapshot, request: &VmRequest) -> Result<(), AppError> {
     if let Some(disk_mb) = request.disk_mb {
         let disk = "its disk is in the snapshot and can't be resized; leave the field out";
         compare("diskSizeMb", disk_mb.to_string(), snapshot.size.disk_mb.to_string(), disk);
+    }
+    if let Some(engine) = request.engine {
+        let hint = "what was saved by one engine can't go on under another; leave the field out";
+        compare("engine", engine.as_str().to_owned(), snapshot.engine.as_str().to_owned(), hint);
     }
     if let Some(image) = &request.image_id {
         let hint = "leave the field out, as the snapshot names its image";

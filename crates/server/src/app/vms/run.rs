@@ -8,7 +8,7 @@ use tiffin_types::{
     account::Scope,
     id::VmId,
     program::Program,
-    vm::{EndReason, EndReport, VmEvent, VmState},
+    vm::{EndReason, EndReport, EngineName, VmEvent, VmState},
 };
 use tokio::sync::OwnedRwLockWriteGuard;
 
@@ -196,10 +196,10 @@ pub(crate) async fn finish_stop(app: &App, stopping: &Vm) -> Result<(), AppError
 /// Freezes a running VM.
 pub(crate) async fn vm_pause(app: &Arc<App>, caller: &Caller, id: &VmId) -> Result<(), AppError> {
     caller.require(Scope::Write)?;
-    can_pause(app)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
     app.run(async move {
         let (_lock, vm) = hold(&work, &caller, &id, VmEvent::Pause).await?;
+        can_pause(&work, vm.engine)?;
         work.engine.pause(&id).await?;
         match work.store.vm_transition(&id, vm.state, VmEvent::Pause, Change::default()).await? {
             Some(_) => Ok(()),
@@ -212,10 +212,10 @@ pub(crate) async fn vm_pause(app: &Arc<App>, caller: &Caller, id: &VmId) -> Resu
 /// Lets a paused VM go on.
 pub(crate) async fn vm_resume(app: &Arc<App>, caller: &Caller, id: &VmId) -> Result<(), AppError> {
     caller.require(Scope::Write)?;
-    can_pause(app)?;
     let (work, caller, id) = (Arc::clone(app), caller.clone(), id.clone());
     app.run(async move {
         let (_lock, vm) = hold(&work, &caller, &id, VmEvent::Resume).await?;
+        can_pause(&work, vm.engine)?;
         work.engine.resume(&id).await?;
         match work.store.vm_transition(&id, vm.state, VmEvent::Resume, Change::default()).await? {
             Some(_) => Ok(()),
@@ -225,12 +225,12 @@ pub(crate) async fn vm_resume(app: &Arc<App>, caller: &Caller, id: &VmId) -> Res
     .await
 }
 
-fn can_pause(app: &App) -> Result<(), AppError> {
-    match app.engine.capabilities().pause {
+fn can_pause(app: &App, engine: EngineName) -> Result<(), AppError> {
+    match app.engine.capabilities(engine).pause {
         true => Ok(()),
         false => Err(AppError::Unprocessable {
             code: "unsupported",
-            message: format!("the engine {} can't pause VMs", app.engine.name().as_str()),
+            message: format!("the engine {} can't pause VMs", engine.as_str()),
         }),
     }
 }

@@ -1,0 +1,151 @@
+//! QEMU: a machine with as few devices as a guest needs (`microvm`), and the command line that makes it.
+//!
+//! ```text
+//!   virtio-serial <-> standard input and output: the agent's channel      virtio-net <-> a tap in the gateway's namespace
+//!   virtio-blk: the image, read-only; the VM's disk                       serial port -> the VM's console log
+//! ```
+//!
+//! QEMU opens nothing by a host's name but its own firmware and the kernel: what it works with it is given as open
+//! descriptors. With working KVM its guests are hardware-isolated; without, the processor is emulated (TCG), which QEMU's
+//! own security policy doesn't count as a boundary: it is confined as if it were the guest's (`monitor/jail.rs`).
+
+pub mod initramfs;
+pub mod qmp;
+
+use std::{ffi::OsString, path::Path};
+
+use tiffin_types::vm::VmSize;
+
+/// The program's name.
+pub const QEMU: &str = "qemu-system-x86_64";
+
+/// The oldest release that is known to work.
+pub const MIN_RELEASE: (u32, u32) = (7, 2);
+
+/// Standard input's and output's neighbours: the descriptors that QEMU is started with.
+pub const TAP: i32 = 3;
+/// Its control socket.
+pub const QMP: i32 = 4;
+/// The image's filesystem.
+pub const IMAGE: i32 = 5;
+/// The VM's disk.
+pub const DISK: i32 = 6;
+
+/// Where the guest's console is written.
+pub const CONSOLE: i32 = 7;
+
+/// Where QEMU, in its own root, finds the guest's kernel.
+pub const KERNEL: &str = "/kernel";
+/// Where it finds the guest's first files.
+pub const INITRAMFS: &str = "/initramfs";
+
+/// Room for QEMU itself beside the guest's memory, in MiB: its heap, its stacks and the code that it translates.
+pub const OVERHEAD_MB: u64 = 192;
+/// How much translated code is kept, in MiB.
+const TRANSLATED_MB: u32 = 64;
+
+/// What a machine is made of, beside what stands in its descriptors.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine<'a> {
+    /// CPUs and memory.
+    pub size: VmSize,
+    /// Whether KVM runs the guest's code.
+    pub kvm: bool,
+    /// The network device's address.
+    pub mac: &'a str,
+    /// The host's time stamp counter's rate in kHz, where it is known: a busy host is too slow to measure it.
+    pub tsc_khz: Option<u64>,
+}
+
+/// QEMU's arguments. Every option is spelled out, nothing comes from files of the host.
+pub fn arguments(machine: &Machine) -> Vec<OsString> {
+    let mut arguments: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
+    add(&["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-name", "tiffin"]);
+    // ACPI tells the guest of the virtio devices; PIT and PIC are what its clock is first measured by.
+    let machine_type = "microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,usb=off,graphics=off";
+    add(&["-machine", machine_type]);
+    match machine.kvm {
+        true => add(&["-accel", "kvm", "-cpu", "host"]),
+        false => add(&["-accel", &format!("tcg,thread=multi,tb-size={TRANSLATED_MB}"), "-cpu", "max"]),
+    }
+    add(&["-smp", &machine.size.cpus.to_string(), "-m", &format!("{}M", machine.size.mem_mb)]);
+    add(&["-rtc", "base=utc,clock=host"]);
+    add(&["-kernel", KERNEL, "-initrd", INITRAMFS, "-append", &kernel_words(machine)]);
+    add(&["-chardev", "stdio,id=channel,signal=off", "-device", "virtio-serial-device"]);
+    add(&["-device", "virtserialport,chardev=channel,name=tiffin"]);
+    add(&["-add-fd", &format!("fd={CONSOLE},set={CONSOLE}"), "-serial", "chardev:console"]);
+    add(&["-chardev", &format!("file,id=console,path=/dev/fdset/{CONSOLE},append=on")]);
+    add(&["-chardev", &format!("socket,id=qmp,fd={QMP}"), "-mon", "chardev=qmp,mode=control"]);
+    add(&["-netdev", &format!("tap,id=net,fd={TAP}")]);
+    add(&["-device", &format!("virtio-net-device,netdev=net,mac={}", machine.mac)]);
+    for (name, descriptor, options) in [("image", IMAGE, "read-only=on"), ("disk", DISK, "discard=unmap")] {
+        add(&["-add-fd", &format!("fd={descriptor},set={descriptor}")]);
+        let file =
+            format!("driver=file,node-name={name},filename=/dev/fdset/{descriptor},aio=threads,locking=off,{options}");
+        add(&["-blockdev", &file]);
+        let raw = format!("driver=raw,node-name={name}-raw,file={name},{options}");
+        add(&["-blockdev", &raw, "-device", &format!("virtio-blk-device,drive={name}-raw")]);
+    }
+    add(&["-device", "virtio-rng-device"]);
+    add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    arguments.into_iter().map(OsString::from).collect()
+}
+
+/// The kernel's command line. A panic ends the machine; there are no PCI devices to look for.
+fn kernel_words(machine: &Machine) -> String {
+    let mut words = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=t mitigations=off pci=off audit=0 \
+                     random.trust_cpu=on net.ifnames=0"
+        .to_owned();
+    if let Some(khz) = machine.tsc_khz {
+        words += &format!(" tsc_early_khz={khz}");
+    }
+    words
+}
+
+/// The rate of the host's time stamp counter in kHz, as `/proc/cpuinfo` has it: near enough to begin with.
+pub fn tsc_khz() -> Option<u64> {
+    read_tsc_khz(&std::fs::read_to_string("/proc/cpuinfo").ok()?)
+}
+
+fn read_tsc_khz(cpuinfo: &str) -> Option<u64> {
+    let mhz = cpuinfo.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split_once(':'))?.1;
+    let (whole, part) = mhz.trim().split_once('.')?;
+    let thousandths: u64 = part.get(..3)?.parse().ok()?;
+    whole.parse::<u64>().ok()?.checked_mul(1000)?.checked_add(thousandths)
+}
+
+/// The release that `qemu --version` tells.
+pub fn read_release(said: &str) -> Option<(u32, u32)> {
+    let version = said.strip_prefix("QEMU emulator version ")?;
+    let mut parts = version.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// The folder of the host that a program of this path and its files are below, `/usr` of `/usr/bin/qemu-system-x86_64`.
+pub fn prefix(program: &Path) -> Option<&Path> {
+    program.parent()?.parent().filter(|prefix| *prefix != Path::new("/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clocks_rate_is_read() {
+        assert_eq!(read_tsc_khz("processor\t: 0\ncpu MHz\t\t: 2596.130\n"), Some(2_596_130));
+        assert_eq!(read_tsc_khz("processor\t: 0\n"), None);
+    }
+
+    #[test]
+    fn a_release_is_read() {
+        assert_eq!(read_release("QEMU emulator version 7.2.22 (Debian 1:7.2)\nCopyright"), Some((7, 2)));
+        assert_eq!(read_release("something else"), None);
+    }
+
+    #[test]
+    fn a_program_in_the_root_has_no_folder_to_show() {
+        assert_eq!(prefix(Path::new("/usr/bin/qemu")), Some(Path::new("/usr")));
+        assert_eq!(prefix(Path::new("/bin/qemu")), None);
+    }
+}

@@ -1,0 +1,192 @@
+//! The guest's first files: the agent as `/init`, and the kernel's modules that lead to its root.
+//!
+//! One archive in the kernel's own form (cpio "newc", Documentation/driver-api/early-userspace/buffer-format.rst of
+//! Linux), not compressed: an emulated processor takes longer to unpack it than the host's cache to hand it over.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+/// What a machine's devices and root need, beside what those need themselves. What a kernel has built in is left out.
+const MODULES: [&str; 7] =
+    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "erofs", "overlay"];
+
+/// Folders deeper than this below a kernel's modules are no kernel's.
+const DEPTH: usize = 12;
+
+/// Writes the archive of `agent` and of the modules found below `modules`.
+///
+/// # Errors
+/// What can't be read or written, by name.
+pub fn write(agent: &Path, modules: &Path, to: &mut impl Write) -> io::Result<()> {
+    let mut archive = Archive { to, inode: 0 };
+    for folder in ["dev", "proc", "sys", "image", "disk", "root", "modules", "agent", "agent/.tiffin"] {
+        archive.add(folder, 0o040_755, &[])?;
+    }
+    archive.add("agent/.tiffin/tiffin-agent", 0o100_755, &named(agent, fs::read(agent))?)?;
+    archive.add("init", 0o120_777, b"/agent/.tiffin/tiffin-agent")?;
+    let mut order = String::new();
+    for (name, path) in in_order(modules)? {
+        archive.add(&format!("modules/{name}.ko"), 0o100_644, &named(&path, fs::read(&path))?)?;
+        order += &format!("{name}.ko\n");
+    }
+    archive.add("modules/order", 0o100_644, order.as_bytes())?;
+    archive.add("TRAILER!!!", 0, &[])
+}
+
+fn named<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+}
+
+/// The modules that are needed, each after those that it needs.
+fn in_order(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+    let mut found = BTreeMap::new();
+    find(folder, DEPTH, &mut found)?;
+    let mut order = Vec::new();
+    for name in MODULES {
+        add(name, &found, &mut order, DEPTH)?;
+    }
+    Ok(order)
+}
+
+fn add(
+    name: &str,
+    found: &BTreeMap<String, PathBuf>,
+    order: &mut Vec<(String, PathBuf)>,
+    depth: usize,
+) -> io::Result<()> {
+    let Some(path) = found.get(name) else { return Ok(()) };
+    if order.iter().any(|(added, _)| added == name) {
+        return Ok(());
+    }
+    if depth == 0 {
+        return Err(io::Error::other(format!("the module {name} needs itself")));
+    }
+    for needed in needs(&named(path, fs::read(path))?) {
+        add(&needed, found, order, depth - 1)?;
+    }
+    order.push((name.to_owned(), path.clone()));
+    Ok(())
+}
+
+/// The modules below a folder, by their names as the kernel has them.
+fn find(folder: &Path, depth: usize, found: &mut BTreeMap<String, PathBuf>) -> io::Result<()> {
+    for entry in named(folder, fs::read_dir(folder))? {
+        let path = entry?.path();
+        if path.is_dir() && depth > 0 {
+            find(&path, depth - 1, found)?;
+        } else if path.extension().is_some_and(|end| end == "ko")
+            && let Some(name) = path.file_stem().and_then(|name| name.to_str())
+        {
+            found.insert(name.replace('-', "_"), path.clone());
+        }
+    }
+    Ok(())
+}
+
+/// What a module says that it needs: `depends=a,b` among the strings of its section `.modinfo`.
+fn needs(module: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"\0depends=";
+    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
+    let rest = &module[at + KEY.len()..];
+    let end = rest.iter().position(|byte| *byte == 0).unwrap_or(0);
+    let names = String::from_utf8_lossy(&rest[..end]);
+    names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
+}
+
+struct Archive<'a, W> {
+    to: &'a mut W,
+    inode: u32,
+}
+
+impl<W: Write> Archive<'_, W> {
+    fn add(&mut self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        self.inode += 1;
+        let size = u32::try_from(content.len()).map_err(io::Error::other)?;
+        let name_size = u32::try_from(name.len() + 1).map_err(io::Error::other)?;
+        let mut header = String::from("070701");
+        // Inode, mode, owner, group, links, time, size, device, device's own number, name's length, checksum.
+        for field in [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
+            header += &format!("{field:08X}");
+        }
+        self.to.write_all(header.as_bytes())?;
+        self.to.write_all(name.as_bytes())?;
+        self.pad(header.len() + name.len(), 1)?;
+        self.to.write_all(content)?;
+        self.pad(content.len(), 0)
+    }
+
+    /// At least `least` zeros, up to the next multiple of 4.
+    fn pad(&mut self, length: usize, least: usize) -> io::Result<()> {
+        let zeros = least + (length + least).next_multiple_of(4) - (length + least);
+        self.to.write_all(&[0; 4][..zeros])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn module(needs: &str) -> Vec<u8> {
+        format!("\u{7f}ELF\0license=GPL\0depends={needs}\0name=x\0").into_bytes()
+    }
+
+    #[test]
+    fn modules_come_after_those_that_they_need() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("drivers/virtio");
+        fs::create_dir_all(&deep).unwrap();
+        for (name, needs) in [
+            ("virtio_ring.ko", ""),
+            ("virtio.ko", "virtio_ring"),
+            ("virtio-rng.ko", "virtio"),
+            ("virtio_blk.ko", "virtio,virtio-ring"),
+        ] {
+            fs::write(deep.join(name), module(needs)).unwrap();
+        }
+        let order: Vec<String> = in_order(dir.path()).unwrap().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(order, ["virtio_ring", "virtio", "virtio_blk", "virtio_rng"]);
+    }
+
+    #[test]
+    fn modules_that_need_each_other_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("erofs.ko"), module("overlay")).unwrap();
+        fs::write(dir.path().join("overlay.ko"), module("erofs")).unwrap();
+        assert!(in_order(dir.path()).unwrap_err().to_string().contains("needs itself"));
+    }
+
+    #[test]
+    fn the_archive_is_as_the_kernel_reads_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = dir.path().join("agent");
+        fs::write(&agent, b"12345").unwrap();
+        let mut archive = Vec::new();
+        write(&agent, dir.path(), &mut archive).unwrap();
+        assert_eq!(archive.len() % 4, 0);
+        let mut names = Vec::new();
+        let mut rest = &archive[..];
+        loop {
+            let field = |at: usize| {
+                let text = std::str::from_utf8(&rest[6 + at * 8..14 + at * 8]).unwrap();
+                usize::from_str_radix(text, 16).unwrap()
+            };
+            assert_eq!(&rest[..6], b"070701");
+            let (size, name_size) = (field(6), field(11));
+            let name = std::str::from_utf8(&rest[110..110 + name_size - 1]).unwrap().to_owned();
+            let content = (110 + name_size).next_multiple_of(4);
+            if name == "agent/.tiffin/tiffin-agent" {
+                assert_eq!(&rest[content..content + size], b"12345");
+            }
+            names.push(name.clone());
+            if name == "TRAILER!!!" {
+                break;
+            }
+            rest = &rest[(content + size).next_multiple_of(4)..];
+        }
+        assert!(names.contains(&"init".to_owned()) && names.contains(&"modules/order".to_owned()), "{names:?}");
+    }
+}
