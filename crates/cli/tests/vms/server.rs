@@ -104,7 +104,7 @@ impl Site {
         for (setting, variable) in [("runsc", "TIFFIN_RUNSC"), ("agent", "TIFFIN_AGENT")] {
             command.args(["--set", &format!("{setting}={}", required(variable).display())]);
         }
-        for rate in ["vm_create", "exec", "run", "upload", "download"] {
+        for rate in ["vm_create", "exec", "run", "upload", "download", "import"] {
             command.args(["--set", &format!("rate.{rate}_per_min=0")]);
         }
         // What is on the host is what the API lists, except in tests of the pool, which set it.

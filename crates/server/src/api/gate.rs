@@ -160,6 +160,7 @@ fn limited(method: &Method, route: &str) -> Option<Limited> {
         ("GET", "/v1/vms/{id}/files/download" | "/v1/vms/{id}/files/content" | "/v1/vms/{id}/files") => {
             Some(Limited::Download)
         }
+        ("POST" | "GET", "/v1/image/import") => Some(Limited::Import),
         _ => None,
     }
 }

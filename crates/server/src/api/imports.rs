@@ -20,7 +20,7 @@ use crate::{
 #[derive(Serialize, ToSchema, Clone, Copy)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum ImportStatus {
-    /// It finds out what the reference names, or waits for another import of the same.
+    /// It waits for a place, finds out what the reference names, or waits for another import of the same.
     Resolving,
     /// It gets the layers.
     Receiving,

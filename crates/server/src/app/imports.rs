@@ -7,7 +7,8 @@
 //! Invariants: an import has no record before it is whole, so nothing of one that ends early is an image: what is left are
 //! layers in the cache, whole or in part, with which the next one goes on. It runs to its end when its client goes away. One manifest is
 //! made an image of once: whoever asks meanwhile waits for it, and whoever asks later has its blob. Everybody shows the
-//! registry credentials of their own before that.
+//! registry credentials of their own before that. Places are shared by accounts, and one that waits for a place counts as one
+//! that has it: no account keeps all others out.
 
 mod cache;
 mod progress;
@@ -25,14 +26,17 @@ use tiffin_types::{
     account::Scope,
     id::{Digest, ImageId},
 };
-use tokio::sync::Semaphore;
 
 pub(crate) use self::progress::{ImportNow, ImportStage};
 use self::{
     cache::Cache,
     progress::{Ongoing, Progress},
 };
-use super::{App, auth::Caller, places::Locks};
+use super::{
+    App,
+    auth::Caller,
+    places::{Locks, Places, Shares},
+};
 use crate::{
     config::Config,
     error::{AppError, chain},
@@ -47,7 +51,8 @@ const NAME_CHARS: usize = 100;
 /// Where imports are, and what they share.
 pub(crate) struct Imports {
     registries: Registries,
-    places: Arc<Semaphore>,
+    places: Places,
+    shares: Shares,
     /// One at a time for each manifest.
     locks: Locks<String>,
     cache: Cache,
@@ -58,7 +63,13 @@ impl Imports {
     pub(crate) fn new(config: &Config) -> Self {
         Self {
             registries: Registries::new(&config.registry),
-            places: Arc::new(Semaphore::new(config.registry.imports_in_flight.min(Semaphore::MAX_PERMITS))),
+            places: Places::new(
+                config.registry.imports_in_flight,
+                config.registry.imports_queued,
+                config.registry.import_wait,
+                "too many images are being imported at once; try again shortly",
+            ),
+            shares: Shares::new(config.registry.imports_in_flight, "imports"),
             locks: Locks::default(),
             cache: Cache::new(&config.data_dir.join("images"), config.registry.cache_bytes),
             ongoing: Ongoing::default(),
@@ -95,20 +106,19 @@ pub(crate) async fn image_import(app: &Arc<App>, caller: &Caller, request: Impor
         let over = tiffin_store::QuotaExceeded { what: "images", limit: quota.images, used: room.images, asked: 1 };
         return Err(AppError::OverQuota(over));
     }
-    let busy = || AppError::Unavailable {
-        code: "busy",
-        message: "too many images are being imported at once; try again shortly".into(),
-    };
-    let place = Arc::clone(&app.imports.places).try_acquire_owned().map_err(|_| busy())?;
+    let share = app.imports.shares.take(&caller.account_id)?;
     let progress = app.imports.ongoing.begin(&caller.account_id, &request.image_uri);
     let (work, account) = (Arc::clone(app), caller.account_id.clone());
     app.run(async move {
-        let _place = place;
-        let reference = request.reference;
+        let (_share, reference) = (share, request.reference);
         let import = Import { app: &work, account: &account, reference: &reference, session, progress };
         let limit = work.config.registry.timeout;
+        let in_its_place = async {
+            let _place = work.imports.places.take().await?;
+            tokio::time::timeout(limit, import.run()).await.unwrap_or_else(|_| Err(too_slow(limit)))
+        };
         let done = tokio::select! {
-            done = tokio::time::timeout(limit, import.run()) => done.unwrap_or_else(|_| Err(too_slow(limit))),
+            done = in_its_place => done,
             () = work.shutdown.cancelled() => Err(AppError::Unavailable {
                 code: "shutting_down",
                 message: "the server is being stopped: import the image again, it goes on where it was".into(),

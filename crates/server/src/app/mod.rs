@@ -128,7 +128,12 @@ impl App {
             rates: Rates::new(&config.rate),
             pool: pool::Pool::new(config.pool.clone()),
             prepared: prepared::Prepared::new(config.services.prepared),
-            places: Places::new(&config.limits),
+            places: Places::new(
+                config.limits.creates_in_flight,
+                config.limits.creates_queued,
+                config.limits.create_wait,
+                "too many VMs are coming up or being saved at once; try again shortly",
+            ),
             commands: Commands::new(config.exec.max_concurrent),
             locks: Locks::default(),
             snapshot_locks: Locks::default(),

@@ -1,4 +1,5 @@
-//! Bounds: one change at a time for each VM and snapshot, so many VMs coming up at once, so many commands in each VM.
+//! Bounds: one change at a time for each VM and snapshot, so many VMs coming up at once, so many commands in each VM, and of
+//! what all accounts have together, so many places for one of them.
 //!
 //! Invariant: a place is taken when the locks are held, never the other way round. Otherwise whoever asks often for one
 //! VM would fill the places with requests that wait for its lock; and nobody who holds a place waits for a lock, so they
@@ -10,10 +11,10 @@ use std::{
     time::Duration,
 };
 
-use tiffin_types::id::VmId;
+use tiffin_types::id::{AccountId, VmId};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, OwnedSemaphorePermit, RwLock, Semaphore};
 
-use crate::{config::LimitsConfig, error::AppError};
+use crate::error::AppError;
 
 /// A lock for each VM or snapshot. Entries go when nobody holds or waits for them.
 pub(crate) struct Locks<K>(Mutex<HashMap<K, Weak<RwLock<()>>>>);
@@ -57,22 +58,25 @@ impl<K: Clone + Eq + std::hash::Hash> Locks<K> {
     }
 }
 
-/// Places for VMs that come up or are saved, and a bounded queue before them.
+/// Places for work of one kind, such as VMs that come up or are saved, and a bounded queue before them.
 pub(super) struct Places {
     running: Arc<Semaphore>,
     queue: Arc<Semaphore>,
     most: usize,
     wait: Duration,
+    busy: &'static str,
 }
 
 impl Places {
-    pub(super) fn new(limits: &LimitsConfig) -> Self {
+    /// So many at once, and so many more that wait no longer than that; `busy` tells whoever finds none.
+    pub(super) fn new(most: usize, queued: usize, wait: Duration, busy: &'static str) -> Self {
         let bounded = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
         Self {
-            most: limits.creates_in_flight.min(Semaphore::MAX_PERMITS),
-            running: bounded(limits.creates_in_flight),
-            queue: bounded(limits.creates_in_flight.saturating_add(limits.creates_queued)),
-            wait: limits.create_wait,
+            most: most.min(Semaphore::MAX_PERMITS),
+            running: bounded(most),
+            queue: bounded(most.saturating_add(queued)),
+            wait,
+            busy,
         }
     }
 
@@ -83,10 +87,7 @@ impl Places {
 
     /// A place, or a refusal when the queue is full or too slow. Dropping the place frees it.
     pub(super) async fn take(&self) -> Result<Place, AppError> {
-        let busy = || AppError::Unavailable {
-            code: "busy",
-            message: "too many VMs are coming up or being saved at once; try again shortly".into(),
-        };
+        let busy = || AppError::Unavailable { code: "busy", message: self.busy.into() };
         let queued = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| busy())?;
         let running = tokio::time::timeout(self.wait, Arc::clone(&self.running).acquire_owned()).await;
         match running {
@@ -96,7 +97,7 @@ impl Places {
     }
 }
 
-/// The right to bring one VM up, or to save one.
+/// The right to bring one VM up, to save one, or to whatever else the places are for.
 pub(super) struct Place {
     _running: OwnedSemaphorePermit,
     _queued: OwnedSemaphorePermit,
@@ -139,6 +140,53 @@ impl Drop for CommandPlace {
             *count -= 1;
             if *count == 0 {
                 counts.remove(&self.id);
+            }
+        }
+    }
+}
+
+/// What one account may have of places that all share: it leaves others one, where there is more than one.
+pub(super) struct Shares {
+    of_one: usize,
+    /// What is counted, for who has too many.
+    what: &'static str,
+    counts: Arc<Mutex<HashMap<AccountId, usize>>>,
+}
+
+impl Shares {
+    /// Of so many places.
+    pub(super) fn new(places: usize, what: &'static str) -> Self {
+        Self { of_one: places.saturating_sub(1).max(1), what, counts: Arc::default() }
+    }
+
+    /// One more of the account's, until it is dropped.
+    pub(super) fn take(&self, account: &AccountId) -> Result<Share, AppError> {
+        let mut counts = hold(&self.counts);
+        let count = counts.entry(account.clone()).or_default();
+        if *count >= self.of_one {
+            let (of_one, what) = (self.of_one, self.what);
+            return Err(AppError::TooMany(format!(
+                "{of_one} {what} of this account are under way, the most at once: try again when one of them is done"
+            )));
+        }
+        *count += 1;
+        Ok(Share { account: account.clone(), counts: Arc::clone(&self.counts) })
+    }
+}
+
+/// One of an account's places.
+pub(super) struct Share {
+    account: AccountId,
+    counts: Arc<Mutex<HashMap<AccountId, usize>>>,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut counts = hold(&self.counts);
+        if let Some(count) = counts.get_mut(&self.account) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.account);
             }
         }
     }

@@ -50,6 +50,8 @@ pub(crate) enum Limited {
     Upload,
     /// `files/download`, and reading files and folders
     Download,
+    /// `POST /v1/image/import`
+    Import,
 }
 
 /// How a caller stands after a request.
@@ -72,6 +74,7 @@ pub(crate) struct Rates {
     run: Option<Buckets>,
     upload: Option<Buckets>,
     download: Option<Buckets>,
+    import: Option<Buckets>,
     wrong_keys: Option<Buckets>,
     logins_by_both: Option<Buckets>,
     logins_by_email: Option<Buckets>,
@@ -86,6 +89,7 @@ impl Rates {
             run: Buckets::per_minute(config.run),
             upload: Buckets::per_minute(config.upload),
             download: Buckets::per_minute(config.download),
+            import: Buckets::per_minute(config.import),
             wrong_keys: Buckets::per_minute(config.auth_failures),
             logins_by_both: Buckets::per_minute(config.login),
             logins_by_email: Buckets::per_minute(config.login_email),
@@ -101,6 +105,7 @@ impl Rates {
             Limited::Run => &self.run,
             Limited::Upload => &self.upload,
             Limited::Download => &self.download,
+            Limited::Import => &self.import,
         };
         Some(buckets.as_ref()?.take(caller))
     }
@@ -140,6 +145,7 @@ impl Limited {
             Limited::Run => "a key may run scripts",
             Limited::Upload => "a key may upload files",
             Limited::Download => "a key may download files",
+            Limited::Import => "a key may import images",
         }
     }
 }

@@ -436,6 +436,7 @@ pub const KEYS: &[Key] = &[
         PER_MINUTE,
         "Downloads and reads of files and lists of folders, together, that one API key may make a minute.",
     ),
+    Key::new("rate.import_per_min", "20", PER_MINUTE, "Imports of images that one API key may begin a minute."),
     Key::new(
         "rate.auth_failures_per_min",
         "60",
@@ -583,7 +584,7 @@ pub const KEYS: &[Key] = &[
         "images.uploads_in_flight",
         "4",
         Allowed::Integer(1, 64),
-        "Uploads to images that are received at once; further ones get 503. One account may have one fewer, where there is more than one. They are made images of one after the other, each account in its turn.",
+        "Uploads to images that are received at once; further ones get 503. One account may have one fewer, where there is more than one; further ones of it get 429. They are made images of one after the other, each account in its turn.",
     ),
     Key::new(
         "images.min_upload_bytes_per_s",
@@ -656,7 +657,19 @@ pub const KEYS: &[Key] = &[
         "registry.imports_in_flight",
         "4",
         Allowed::Integer(1, 64),
-        "Images that are imported at once; further ones get 503.",
+        "Images that are imported at once; further ones wait. One account may have one fewer, those that wait among them, where there is more than one; further ones of it get 429.",
+    ),
+    Key::new(
+        "registry.imports_queued",
+        "16",
+        Allowed::Integer(0, 10_000),
+        "Imports that may wait for one of those places; further ones get 503.",
+    ),
+    Key::new(
+        "registry.import_wait_ms",
+        "60000",
+        Allowed::Integer(0, 600_000),
+        "How long such an import waits before it gets 503.",
     ),
     Key::new(
         "registry.cache_mb",

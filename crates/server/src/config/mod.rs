@@ -231,6 +231,8 @@ pub struct RateConfig {
     pub upload: u32,
     /// Downloads.
     pub download: u32,
+    /// Imports of images.
+    pub import: u32,
     /// Wrong API keys.
     pub auth_failures: u32,
     /// Attempts to log in with one email from one address.
@@ -354,6 +356,10 @@ pub struct RegistryConfig {
     pub timeout: Duration,
     /// Imports at once.
     pub imports_in_flight: usize,
+    /// Imports that wait for one of those places.
+    pub imports_queued: usize,
+    /// How long they wait.
+    pub import_wait: Duration,
     /// Bytes that layers may take between imports.
     pub cache_bytes: u64,
 }
@@ -490,6 +496,7 @@ impl Config {
                 run: values.small("rate.run_per_min")?,
                 upload: values.small("rate.upload_per_min")?,
                 download: values.small("rate.download_per_min")?,
+                import: values.small("rate.import_per_min")?,
                 auth_failures: values.small("rate.auth_failures_per_min")?,
                 login: values.small("rate.login_per_min")?,
                 login_email: values.small("rate.login_email_per_min")?,
@@ -559,6 +566,8 @@ impl Config {
                     .unwrap_or_default(),
                 timeout: values.millis("registry.timeout_ms")?,
                 imports_in_flight: values.count("registry.imports_in_flight")?,
+                imports_queued: values.count("registry.imports_queued")?,
+                import_wait: values.millis("registry.import_wait_ms")?,
                 cache_bytes: values.integer("registry.cache_mb")? << 20,
             },
             network: NetworkConfig {

@@ -88,7 +88,7 @@ impl Server {
         // Tests of the ingress set it.
         all.push(("ingress.listen".into(), "off".into()));
         // Tests ask as often as they like, except those of the limits, which set them.
-        let rates = ["vm_create", "exec", "run", "upload", "download", "auth_failures"];
+        let rates = ["vm_create", "exec", "run", "upload", "download", "import", "auth_failures"];
         all.extend(
             rates
                 .into_iter()

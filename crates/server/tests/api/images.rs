@@ -323,7 +323,11 @@ async fn uploads_are_bounded_in_number_and_leave_the_disk_its_floor() -> Result<
     let (_rest, upload) = server.held_upload(&format!("{one}/rootfs"), vec![0; 100]);
     let _upload = tokio::task::JoinSet::from_iter([upload]);
     until("it began", async || Ok(server.image_now(&one).await?["status"] == "uploading")).await?;
-    server.put(&format!("{other}/kernel"), kernel()?).await?.refused(503, "busy");
+    server.put(&format!("{other}/kernel"), kernel()?).await?.refused(429, "too_many");
+    let (theirs, body) = (server.other_key("other", &["write"]).await?, json!({ "name": "x", "description": "" }));
+    let image = server.post_as(&theirs, "/v1/images", &body).await?.ok(201);
+    let path = format!("{}/v1/images/{}/kernel", server.url, image["id"].as_str().context("an id")?);
+    send(server.client.put(path).header("X-API-Key", &theirs).body(kernel()?)).await?.refused(503, "busy");
 
     let full = Server::start_with(&[("images.min_free_disk_mb", "1000000000")]).await?;
     let path = full.image("mine").await?;

@@ -1,7 +1,13 @@
 //! Importing images, from a real registry and from ones that cheat.
 #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use axum::{
@@ -287,13 +293,13 @@ async fn registries_that_lie_are_caught() -> Result<()> {
 async fn imports_at_once_share_the_work_and_show_how_far_they_are() -> Result<()> {
     let server = Server::start().await?;
     let image = app();
-    let (open, gate) = (std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)), image.blobs[1].clone());
+    let (open, gate) = (Arc::new(AtomicBool::new(false)), image.blobs[1].clone());
     let (held, path) = (open.clone(), format!("/v2/app/blobs/{}", digest(&gate)));
     let odd = Odd::start(move |request: &Request, _| {
         let (held, gate) = (held.clone(), gate.clone());
         (request.uri().path() == path && request.method() == Method::GET).then(|| {
             let pieces = async move {
-                while !held.load(std::sync::atomic::Ordering::Relaxed) {
+                while !held.load(Ordering::Relaxed) {
                     tokio::task::yield_now().await;
                 }
                 Ok::<_, std::io::Error>(gate)
@@ -313,7 +319,7 @@ async fn imports_at_once_share_the_work_and_show_how_far_they_are() -> Result<()
             Ok(list.len() == 2 && receiving && list.iter().all(|one| one["imageUri"] == uri.as_str()))
         })
         .await?;
-        open.store(true, std::sync::atomic::Ordering::Relaxed);
+        open.store(true, Ordering::Relaxed);
         Ok::<_, anyhow::Error>(())
     };
     let ((one, two), ()) = tokio::try_join!(both, watch)?;
@@ -322,6 +328,76 @@ async fn imports_at_once_share_the_work_and_show_how_far_they_are() -> Result<()
     let got = odd.seen().iter().filter(|(path, _)| path.ends_with(&digest(&image.blobs[2]))).count();
     assert_eq!(got, 1, "each layer came once");
     assert_eq!(server.get("/v1/images/imports").await?.ok(200), json!([]));
+    Ok(())
+}
+
+/// A registry whose image nobody gets as long as that is false.
+async fn held() -> Result<(Odd, Arc<AtomicBool>)> {
+    let open = Arc::new(AtomicBool::new(false));
+    let (held, image) = (Arc::clone(&open), app());
+    let manifest = image.bytes();
+    let odd = Odd::start(move |request: &Request, _| {
+        let (held, manifest) = (Arc::clone(&held), manifest.clone());
+        let text = async move {
+            while !held.load(Ordering::Relaxed) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Ok::<_, std::io::Error>(manifest)
+        };
+        let is_held = request.uri().path().contains("/manifests/");
+        is_held.then(|| Response::new(Body::from_stream(futures_util::stream::once(text))))
+    })
+    .await?;
+    odd.has(&image);
+    Ok((odd, open))
+}
+
+#[tokio::test]
+async fn one_account_leaves_others_a_place_and_who_finds_none_waits_for_one() -> Result<()> {
+    let places = [("registry.imports_in_flight", "2"), ("registry.imports_queued", "1")];
+    let server = Server::start_with(&places).await?;
+    let (odd, open) = held().await?;
+    let body = json!({ "imageUri": odd.image() });
+    let mut keys = vec![server.key.clone()];
+    for name in ["second", "third", "fourth"] {
+        keys.push(server.other_key(name, &["read", "write"]).await?);
+    }
+    let under_way = async |key: &str| Ok(server.get_as(key, "/v1/images/imports").await?.ok(200) != json!([]));
+    let import = |key: &str| {
+        let request = server.client.post(format!("{}/v1/image/import", server.url)).header("X-API-Key", key);
+        send(request.json(&body))
+    };
+    let mut tasks = tokio::task::JoinSet::new();
+    // The third one waits for a place.
+    for key in &keys[..3] {
+        tasks.spawn(import(key));
+        until("it is under way", async || under_way(key).await).await?;
+    }
+    for (key, status, code) in [(&keys[0], 429, "too_many"), (&keys[2], 429, "too_many"), (&keys[3], 503, "busy")] {
+        let refused = import(key).await?;
+        refused.refused(status, code);
+        assert!(refused.headers.contains_key("retry-after"), "{}", refused.text);
+    }
+    assert!(import(&keys[0]).await?.refused(429, "too_many").contains("1 imports of this account"));
+    open.store(true, Ordering::Relaxed);
+    for reply in tasks.join_all().await {
+        reply?.ok(200);
+    }
+    import(&keys[0]).await?.ok(200);
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_waits_too_long_for_a_place_is_told_so() -> Result<()> {
+    let places = [("registry.imports_in_flight", "1"), ("registry.import_wait_ms", "100")];
+    let server = Server::start_with(&places).await?;
+    let other = server.other_key("other", &["write"]).await?;
+    let (odd, _shut) = held().await?;
+    let (mine, theirs) = (json!({ "imageUri": odd.image() }), json!({ "imageUri": odd.image(), "password": "x" }));
+    let held = server.request(Method::POST, "/v1/image/import").json(&mine);
+    let _held = tokio::task::JoinSet::from_iter([send(held)]);
+    until("it is under way", async || Ok(server.get("/v1/images/imports").await?.ok(200) != json!([]))).await?;
+    server.post_as(&other, "/v1/image/import", &theirs).await?.refused(503, "busy");
     Ok(())
 }
 

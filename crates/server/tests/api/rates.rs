@@ -87,6 +87,22 @@ async fn guessing_keys_is_slowed_down_and_a_right_key_is_let_in_all_the_same() -
 }
 
 #[tokio::test]
+async fn imports_have_a_limit_of_their_own_by_either_method_and_in_both_places() -> Result<()> {
+    let server = Server::start_with(&[("rate.import_per_min", "1")]).await?;
+    let bad = server.post("/v1/image/import", &json!({})).await?;
+    bad.refused(400, "invalid_parameter");
+    assert_eq!(standing(&bad), (1, 0, 60));
+    for path in ["/v1/image/import", "/cakework/v1/image/import"] {
+        for refused in [server.post(path, &json!({ "imageUri": "a" })).await?, server.get(path).await?] {
+            assert!(refused.refused(429, "rate_limited").contains("1 times a minute"), "{path}: {}", refused.text);
+            assert!(refused.headers.contains_key("retry-after"), "{path}");
+        }
+    }
+    server.get("/v1/images/imports").await?.ok(200);
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_comes_to_the_same_counts_under_the_same_limit() -> Result<()> {
     let limits = ["vm_create", "exec", "upload", "download"].map(|limit| format!("rate.{limit}_per_min"));
     let server = Server::start_with(&limits.each_ref().map(|limit| (limit.as_str(), "1"))).await?;

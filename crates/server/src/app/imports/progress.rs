@@ -13,7 +13,7 @@ use tiffin_types::{id::AccountId, time::Timestamp};
 /// What an import is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ImportStage {
-    /// It finds out what the reference names, or waits for another import of the same.
+    /// It waits for a place, finds out what the reference names, or waits for another import of the same.
     Resolving,
     /// It gets the layers.
     Receiving,

@@ -14,7 +14,13 @@ use std::{
 use tiffin_store::Upload;
 use tiffin_types::id::{AccountId, ImageId};
 
-use crate::{app::images::uploading, error::AppError};
+use crate::{
+    app::{
+        images::uploading,
+        places::{Share, Shares},
+    },
+    error::AppError,
+};
 
 /// How far an upload is.
 #[derive(Debug, Clone, Copy)]
@@ -43,11 +49,12 @@ pub(super) struct Counters {
 /// The uploads that are under way, by image.
 pub(crate) struct Ongoing {
     most: usize,
+    shares: Shares,
     taken: Arc<Mutex<HashMap<ImageId, Taken>>>,
 }
 
 enum Taken {
-    By(AccountId, Arc<Counters>),
+    By(Arc<Counters>),
     /// What is kept of it is being removed.
     Still,
 }
@@ -55,13 +62,13 @@ enum Taken {
 impl Ongoing {
     /// So many at once.
     pub(crate) fn new(most: usize) -> Self {
-        Self { most, taken: Arc::default() }
+        Self { most, shares: Shares::new(most, "uploads"), taken: Arc::default() }
     }
 
     /// How far the upload to that image is, if there is one.
     pub(crate) fn progress(&self, id: &ImageId) -> Option<Progress> {
         let counters = match self.hold().get(id)? {
-            Taken::By(_, counters) => Arc::clone(counters),
+            Taken::By(counters) => Arc::clone(counters),
             Taken::Still => return None,
         };
         Some(Progress {
@@ -100,19 +107,8 @@ impl Ongoing {
         if taken.contains_key(id) {
             return Err(uploading());
         }
-        let under_way = || {
-            taken.values().filter_map(|taken| match taken {
-                Taken::By(account, _) => Some(account),
-                Taken::Still => None,
-            })
-        };
-        let of_one = self.most.saturating_sub(1).max(1);
-        if self.most > 1 && under_way().filter(|other| *other == account).count() >= of_one {
-            return Err(AppError::TooMany(format!(
-                "{of_one} uploads of this account are under way, the most at once: try again when one of them is done"
-            )));
-        }
-        if under_way().count() >= self.most {
+        let share = self.shares.take(account)?;
+        if taken.values().filter(|taken| matches!(taken, Taken::By(_))).count() >= self.most {
             return Err(AppError::Unavailable {
                 code: "busy",
                 message: "too many uploads are being received at once; try again shortly".into(),
@@ -125,9 +121,9 @@ impl Ongoing {
             converting: AtomicBool::new(false),
             entries: AtomicU64::new(0),
         });
-        taken.insert(id.clone(), Taken::By(account.clone(), Arc::clone(&counters)));
+        taken.insert(id.clone(), Taken::By(Arc::clone(&counters)));
         drop(taken);
-        Ok(Place { counters, _still: Still { id: id.clone(), taken: Arc::clone(&self.taken) } })
+        Ok(Place { counters, _share: share, _still: Still { id: id.clone(), taken: Arc::clone(&self.taken) } })
     }
 
     fn hold(&self) -> MutexGuard<'_, HashMap<ImageId, Taken>> {
@@ -138,6 +134,7 @@ impl Ongoing {
 /// The right to upload to an image.
 pub(super) struct Place {
     pub(super) counters: Arc<Counters>,
+    _share: Share,
     _still: Still,
 }
 
