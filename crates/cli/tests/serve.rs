@@ -253,6 +253,21 @@ fn a_setting_that_is_wrong_is_named_and_nothing_starts() {
 }
 
 #[test]
+fn certificates_that_can_not_be_used_stop_the_start_and_the_setting_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (absent, none) = (folder.path().join("absent.pem"), folder.path().join("none.pem"));
+    std::fs::write(&none, "no certificate").unwrap();
+    for key in ["registry.ca_file", "webhooks.ca_file"] {
+        for (file, why) in [(&absent, "No such file"), (&none, "no PEM block of type CERTIFICATE")] {
+            let setting = format!("{key}={}", file.display());
+            let output = serve(folder.path(), 0).args(["--set", &setting]).output().unwrap();
+            let said = text(&output.stderr);
+            assert!(!output.status.success() && said.contains(key) && said.contains(why), "{setting}: {said}");
+        }
+    }
+}
+
+#[test]
 fn an_unfit_host_is_refused_with_what_is_missing_and_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let out =

@@ -12,6 +12,7 @@
 
 mod api;
 mod app;
+mod authorities;
 pub mod config;
 mod error;
 pub mod fault;
@@ -26,5 +27,6 @@ pub use app::{
     passwords::{PasswordError, random_password},
     sessions::{FirstLogin, SetPasswordError, first_login, set_password},
 };
+pub use authorities::BadAuthorities;
 pub use config::{Config, ConfigError};
 pub use serve::{IngressError, ServeError, serve};

@@ -29,8 +29,8 @@ use crate::{
         images::Images,
         ingress::{Ingress, load_routes},
         journal::Entry,
-        webhooks,
     },
+    authorities::BadAuthorities,
     config::Config,
     error::{AppError, chain},
     fault, metrics, reconcile,
@@ -56,7 +56,7 @@ pub enum ServeError {
     Images(#[from] tiffin_image::blob::BlobError),
     /// The certificates of additional authorities can't be used.
     #[error(transparent)]
-    Authorities(#[from] webhooks::BadAuthorities),
+    Authorities(#[from] BadAuthorities),
 }
 
 /// Serves the API on `listener` until `shutdown` is cancelled; then requests in flight have the configured grace, and
@@ -77,8 +77,7 @@ pub async fn serve(
     }
     let ingress = Ingress::open(&config).await?;
     let images = Images::open(&config, converter)?;
-    let outbound = webhooks::client(&config.webhooks)?;
-    let app = App::new(config, engine, store, images, outbound, metrics::install(), shutdown.clone());
+    let app = App::new(config, engine, store, images, metrics::install(), shutdown.clone())?;
     let (writers, stop_writing) = (TaskTracker::new(), CancellationToken::new());
     let (writer, stop) = (Arc::clone(&app), stop_writing.clone());
     writers.spawn(async move { writer.journal.write(&writer.store, writer.config.exec.logs_kept, stop).await });

@@ -38,6 +38,7 @@ use super::{
     places::{Locks, Places, Shares},
 };
 use crate::{
+    authorities::BadAuthorities,
     config::Config,
     error::{AppError, chain},
     fault,
@@ -60,9 +61,9 @@ pub(crate) struct Imports {
 }
 
 impl Imports {
-    pub(crate) fn new(config: &Config) -> Self {
-        Self {
-            registries: Registries::new(&config.registry),
+    pub(crate) fn open(config: &Config) -> Result<Self, BadAuthorities> {
+        Ok(Self {
+            registries: Registries::open(&config.registry)?,
             places: Places::new(
                 config.registry.imports_in_flight,
                 config.registry.imports_queued,
@@ -73,7 +74,7 @@ impl Imports {
             locks: Locks::default(),
             cache: Cache::new(&config.data_dir.join("images"), config.registry.cache_bytes),
             ongoing: Ongoing::default(),
-        }
+        })
     }
 
     /// Where images are put together; cleared at start.

@@ -44,7 +44,7 @@ use tiffin_types::time::Timestamp;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{config::Config, error::AppError};
+use crate::{authorities::BadAuthorities, config::Config, error::AppError};
 use journal::Journal;
 use passwords::Passwords;
 use places::{Commands, Locks, Places};
@@ -103,19 +103,23 @@ pub(crate) struct App {
 
 impl App {
     /// The server's state, before it does anything.
+    ///
+    /// # Errors
+    /// When certificates that the configuration names can't be used.
     pub(crate) fn new(
         config: Config,
         engine: Arc<dyn Engine>,
         store: Store,
         images: images::Images,
-        outbound: tiffin_outbound::Client,
         metrics: PrometheusHandle,
         shutdown: CancellationToken,
-    ) -> Arc<Self> {
+    ) -> Result<Arc<Self>, BadAuthorities> {
         let ingress = &config.ingress;
         let upstreams = tiffin_proxy::Upstreams::new(ingress.proxy.clone());
         let routes = Arc::new(routes::Routes::new(Arc::clone(&engine), &ingress.domain, upstreams));
-        Arc::new(Self {
+        Ok(Arc::new(Self {
+            imports: imports::Imports::open(&config)?,
+            outbound: webhooks::client(&config.webhooks)?,
             ingress: ingress::Facts::default(),
             routes,
             journal: Journal::default(),
@@ -139,15 +143,13 @@ impl App {
             snapshot_locks: Locks::default(),
             tasks: TaskTracker::new(),
             undestroyed: Mutex::default(),
-            imports: imports::Imports::new(&config),
             config,
             engine,
             store,
             images,
-            outbound,
             metrics,
             shutdown,
-        })
+        }))
     }
 
     /// Runs `work` to its end even if the caller goes away.

@@ -6,10 +6,10 @@ mod attempt;
 mod deliver;
 mod signature;
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
 use serde_json::Value;
-use tiffin_outbound::{BadCertificates, Client, Policy, Roots};
+use tiffin_outbound::{Client, Policy};
 use tiffin_store::{Delivery, NewWebhook, QuotaExceeded, Redelivery, Webhook, WebhookChange};
 use tiffin_types::{
     account::Scope,
@@ -18,7 +18,11 @@ use tiffin_types::{
 };
 
 use super::{App, auth::Caller};
-use crate::{config::WebhooksConfig, error::AppError};
+use crate::{
+    authorities::{self, BadAuthorities},
+    config::WebhooksConfig,
+    error::AppError,
+};
 
 pub(crate) use deliver::deliver;
 pub(crate) use signature::new_secret;
@@ -34,31 +38,9 @@ pub(crate) struct WebhookRequest {
     pub(crate) event_types: Vec<String>,
 }
 
-/// The certificates of additional authorities can't be used.
-#[derive(Debug, thiserror::Error)]
-pub enum BadAuthorities {
-    /// The file can't be read.
-    #[error("can't read {path}, which the setting webhooks.ca_file names: {error}")]
-    Unreadable {
-        /// The file.
-        path: String,
-        /// Why.
-        error: std::io::Error,
-    },
-    /// What is in it isn't certificates.
-    #[error("the setting webhooks.ca_file: {0}")]
-    Bad(#[from] BadCertificates),
-}
-
 /// What deliveries are sent by.
 pub(crate) fn client(config: &WebhooksConfig) -> Result<Client, BadAuthorities> {
-    let roots = match &config.ca_file {
-        None => Roots::default(),
-        Some(path) => {
-            let unreadable = |error| BadAuthorities::Unreadable { path: path.to_string(), error };
-            Roots::with_extra(&fs::read(path).map_err(unreadable)?)?
-        }
-    };
+    let roots = authorities::roots("webhooks.ca_file", config.ca_file.as_deref())?;
     let policy = Policy { allow_http: config.allow_http, allow: config.allow_networks.clone() };
     Ok(Client::new(policy, roots, config.connect_timeout))
 }

@@ -491,7 +491,7 @@ pub const KEYS: &[Key] = &[
         "webhooks.ca_file",
         "the system's authorities alone",
         PATH,
-        "Certificates of authorities (PEM) that are believed beside the system's, for receivers of webhooks.",
+        "Certificates of authorities (PEM) that are believed beside the system's, for receivers of webhooks. Read once, at start.",
     ),
     Key::new(
         "webhooks.connect_timeout_ms",
@@ -633,7 +633,7 @@ pub const KEYS: &[Key] = &[
         "registry.loopback",
         "true",
         SWITCH,
-        "Whether images may be imported from registries on the server's own loopback addresses, which are spoken to without TLS.",
+        "Whether images may be imported from registries on the server's own loopback addresses, which are spoken to without TLS then. Where this is off, registry.allow_networks can let them in all the same, by TLS.",
     ),
     Key::unset(
         "registry.allow_networks",
@@ -646,6 +646,12 @@ pub const KEYS: &[Key] = &[
         "only those on loopback",
         Allowed::Words("hosts, or hosts and ports, comma-separated, such as registry.internal:5000"),
         "Registries that are spoken to without TLS. One on a private address needs registry.allow_networks too.",
+    ),
+    Key::unset(
+        "registry.ca_file",
+        "the system's authorities alone",
+        PATH,
+        "Certificates of authorities (PEM) that are believed beside the system's, for registries and what they point to. Read once, at start.",
     ),
     Key::new(
         "registry.timeout_ms",

@@ -352,6 +352,8 @@ pub struct RegistryConfig {
     pub allow_networks: Vec<IpNet>,
     /// Hosts, some with ports, that are spoken to without TLS.
     pub plain_http: Vec<String>,
+    /// Certificates of further authorities.
+    pub ca_file: Option<Utf8PathBuf>,
     /// How long an import may take.
     pub timeout: Duration,
     /// Imports at once.
@@ -564,6 +566,7 @@ impl Config {
                         text.split(',').map(|host| registry_host(host.trim())).collect()
                     })?
                     .unwrap_or_default(),
+                ca_file: values.optional_path("registry.ca_file")?,
                 timeout: values.millis("registry.timeout_ms")?,
                 imports_in_flight: values.count("registry.imports_in_flight")?,
                 imports_queued: values.count("registry.imports_queued")?,

@@ -4,11 +4,14 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use tiffin_image::oci::Reference;
-use tiffin_outbound::{Answer, Client, Policy, Request, Roots};
+use tiffin_outbound::{Answer, Client, Policy, Request};
 use url::{Host, Url};
 
 use super::{RegistryError, auth::Credentials, session::Session};
-use crate::config::RegistryConfig;
+use crate::{
+    authorities::{self, BadAuthorities},
+    config::RegistryConfig,
+};
 
 /// How long a connection may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
@@ -39,15 +42,18 @@ pub(super) enum Reach {
 
 impl Registries {
     /// As the configuration says.
-    pub(crate) fn new(config: &RegistryConfig) -> Self {
+    pub(crate) fn open(config: &RegistryConfig) -> Result<Self, BadAuthorities> {
         let far = Policy { allow_http: false, allow: config.allow_networks.clone() };
         let loopback: [IpNet; 2] = ["127.0.0.0/8", "::1/128"].map(|net| net.parse().expect("they are networks"));
         let mut near = Policy { allow_http: true, allow: config.allow_networks.clone() };
         if config.loopback {
             near.allow.extend(loopback);
         }
-        let client = |policy| Client::new(policy, Roots::default(), CONNECT_LIMIT);
-        Self(Arc::new(Inner { config: config.clone(), far: client(far), near: client(near) }))
+        let client = |policy| {
+            let roots = authorities::roots("registry.ca_file", config.ca_file.as_deref())?;
+            Ok(Client::new(policy, roots, CONNECT_LIMIT))
+        };
+        Ok(Self(Arc::new(Inner { config: config.clone(), far: client(far)?, near: client(near)? })))
     }
 
     /// A conversation about that image.
@@ -63,7 +69,7 @@ impl Registries {
         let (mut base, mut reach) = (parse("https")?, Reach::Far);
         if self.is_plain(&base) {
             (base, reach) = (parse("http")?, Reach::Near);
-        } else if is_loopback(&base) {
+        } else if is_loopback(&base) && !self.has_allowed(&base) {
             // Only where it is switched off.
             return Err(RegistryError::Forbidden("names a registry on the server's own loopback addresses, which the configuration doesn't let in (registry.loopback)".into()));
         }
@@ -86,6 +92,18 @@ impl Registries {
             Ok(answer) => Ok(answer?),
             Err(_) => Err(RegistryError::Failed(format!("no answer within {} s", HEAD_LIMIT.as_secs()))),
         }
+    }
+
+    /// Whether that loopback host is in a network that is let in.
+    fn has_allowed(&self, url: &Url) -> bool {
+        let address = match url.host() {
+            Some(Host::Ipv4(address)) => IpAddr::V4(address),
+            Some(Host::Ipv6(address)) => IpAddr::V6(address).to_canonical(),
+            // What it resolves to is judged when it is connected to.
+            Some(Host::Domain(_)) => return !self.0.config.allow_networks.is_empty(),
+            None => return false,
+        };
+        self.0.config.allow_networks.iter().any(|net| net.contains(&address))
     }
 
     /// Whether that host is spoken to without TLS.

@@ -11,6 +11,7 @@ mod files;
 mod harness;
 mod http;
 mod images;
+mod import_reach;
 mod imports;
 mod logs;
 mod odd;

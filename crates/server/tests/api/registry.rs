@@ -48,7 +48,35 @@ pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().expect("memory takes it")
 }
 
-/// An image: its manifest, and the blobs that it names.
+/// A layer as registries have it.
+#[derive(Clone)]
+pub(crate) struct Layer {
+    diff_id: String,
+    pub(crate) blob: Vec<u8>,
+    kind: &'static str,
+    /// Where it is instead of in the registry.
+    urls: Vec<String>,
+}
+
+impl Layer {
+    /// An archive, packed by gzip.
+    pub(crate) fn new(archive: &[u8]) -> Self {
+        Self { diff_id: digest(archive), blob: gzip(archive), kind: LAYER, urls: Vec::new() }
+    }
+
+    /// An archive, packed as `blob`.
+    pub(crate) fn packed(archive: &[u8], blob: Vec<u8>, kind: &'static str) -> Self {
+        Self { blob, kind, ..Self::new(archive) }
+    }
+
+    /// One that registries don't keep, at that address.
+    pub(crate) fn foreign(archive: &[u8], url: String) -> Self {
+        let kind = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip";
+        Self { kind, urls: vec![url], ..Self::new(archive) }
+    }
+}
+
+/// An image: its manifest, and the blobs that it names and registries keep.
 #[derive(Clone)]
 pub(crate) struct Image {
     pub(crate) manifest: Value,
@@ -62,24 +90,27 @@ impl Image {
     }
 
     pub(crate) fn on(architecture: &str, layers: &[Vec<u8>], config: &Value) -> Self {
-        let diff_ids: Vec<String> = layers.iter().map(|layer| digest(layer)).collect();
+        let layers: Vec<Layer> = layers.iter().map(|layer| Layer::new(layer)).collect();
+        Self::of(architecture, &layers, config)
+    }
+
+    pub(crate) fn of(architecture: &str, layers: &[Layer], config: &Value) -> Self {
+        let diff_ids: Vec<&str> = layers.iter().map(|layer| layer.diff_id.as_str()).collect();
         let config = json!({
             "os": "linux", "architecture": architecture, "config": config,
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
-        let mut blobs = vec![config.to_string().into_bytes()];
-        blobs.extend(layers.iter().map(|layer| gzip(layer)));
-        let described: Vec<Value> = blobs
-            .iter()
-            .enumerate()
-            .map(|(at, blob)| {
-                let kind = if at == 0 { CONFIG } else { LAYER };
-                json!({ "mediaType": kind, "digest": digest(blob), "size": blob.len() })
-            })
-            .collect();
+        let config = config.to_string().into_bytes();
+        let describe = |kind, blob: &[u8]| json!({ "mediaType": kind, "digest": digest(blob), "size": blob.len() });
+        let mut described: Vec<Value> = layers.iter().map(|layer| describe(layer.kind, &layer.blob)).collect();
+        for (described, layer) in described.iter_mut().zip(layers).filter(|(_, layer)| !layer.urls.is_empty()) {
+            described["urls"] = json!(layer.urls);
+        }
         let manifest = json!({
-            "schemaVersion": 2, "mediaType": MANIFEST, "config": described[0], "layers": described[1..],
+            "schemaVersion": 2, "mediaType": MANIFEST, "config": describe(CONFIG, &config), "layers": described,
         });
+        let kept = layers.iter().filter(|layer| layer.urls.is_empty());
+        let blobs = std::iter::once(config).chain(kept.map(|layer| layer.blob.clone())).collect();
         Self { manifest, blobs }
     }
 
@@ -90,18 +121,27 @@ impl Image {
 
 /// Debian's `docker-registry` on a port of its own. It ends with this.
 pub(crate) struct Registry {
-    process: Child,
+    _process: Process,
     pub(crate) host: String,
     password: Option<(&'static str, &'static str)>,
     client: reqwest::Client,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
-impl Drop for Registry {
+/// It ends with this.
+struct Process(Child);
+
+impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
+}
+
+/// Another door to a registry's images, by TLS.
+pub(crate) struct Secured {
+    _process: Process,
+    pub(crate) host: String,
 }
 
 impl Registry {
@@ -116,34 +156,34 @@ impl Registry {
 
     async fn start(password: Option<(&'static str, &'static str)>) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let dir = folder.path().to_str().context("a path of UTF-8")?.to_owned();
+        let dir = folder.path().to_str().context("a path of UTF-8")?;
         std::fs::write(format!("{dir}/users"), USERS)?;
-        // Free a moment ago; another test that takes it meanwhile is found by the registry, which ends then.
-        let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let auth = format!("auth: {{htpasswd: {{realm: test, path: {dir}/users}}}}\n");
-        let config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {dir}/data}}}}\n\
-             http: {{addr: '127.0.0.1:{port}'}}\n{}",
-            if password.is_some() { auth.as_str() } else { "" }
-        );
-        std::fs::write(format!("{dir}/config.yml"), config)?;
-        let process = Command::new("docker-registry")
-            .args(["serve", &format!("{dir}/config.yml")])
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("docker-registry: is it installed?")?;
-        let host = format!("127.0.0.1:{port}");
+        let (process, host) = serve(dir, "", if password.is_some() { &auth } else { "" }).await?;
         let client = reqwest::Client::builder().no_proxy().build()?;
-        let registry = Self { process, host, password, client, _folder: folder };
-        let deadline = Instant::now() + PATIENCE;
-        while registry.client.get(format!("http://{}/v2/", registry.host)).send().await.is_err() {
-            ensure!(Instant::now() < deadline, "the registry doesn't answer");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok(registry)
+        Ok(Self { _process: process, host, password, client, folder })
+    }
+
+    /// The same images, by TLS with that certificate and key (PEM).
+    pub(crate) async fn secured(&self, certificate: &str, key: &str) -> Result<Secured> {
+        let dir = self.folder.path().to_str().context("a path of UTF-8")?;
+        std::fs::write(format!("{dir}/certificate.pem"), certificate)?;
+        std::fs::write(format!("{dir}/key.pem"), key)?;
+        let tls = format!(", tls: {{certificate: {dir}/certificate.pem, key: {dir}/key.pem}}");
+        let (process, host) = serve(dir, &tls, "").await?;
+        Ok(Secured { _process: process, host })
+    }
+
+    /// Turns a byte of a blob over, as a disk might.
+    pub(crate) fn damage(&self, blob: &[u8]) -> Result<()> {
+        let digest = digest(blob);
+        let hex = digest.trim_start_matches("sha256:");
+        let kept = format!("data/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]);
+        let path = self.folder.path().join(kept);
+        let mut bytes = std::fs::read(&path)?;
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        Ok(std::fs::write(path, bytes)?)
     }
 
     fn request(&self, method: reqwest::Method, url: &str) -> reqwest::RequestBuilder {
@@ -185,4 +225,31 @@ impl Registry {
     pub(crate) fn image(&self, rest: &str) -> String {
         format!("{}/{rest}", self.host)
     }
+}
+
+/// A registry with what is in that folder, once it takes connections.
+async fn serve(dir: &str, tls: &str, more: &str) -> Result<(Process, String)> {
+    // Free a moment ago; another test that takes it meanwhile is found by the registry, which ends then.
+    let host = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let config = format!(
+        "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {dir}/data}}}}\n\
+         validation: {{manifests: {{urls: {{allow: ['^http']}}}}}}\nhttp: {{addr: '{host}'{tls}}}\n{more}"
+    );
+    let file = format!("{dir}/{}.yml", host.replace(':', "-"));
+    std::fs::write(&file, config)?;
+    let process = Command::new("docker-registry")
+        .args(["serve", &file])
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("docker-registry: is it installed?")?;
+    let process = Process(process);
+    let deadline = Instant::now() + PATIENCE;
+    while tokio::net::TcpStream::connect(&host).await.is_err() {
+        ensure!(Instant::now() < deadline, "the registry doesn't answer");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok((process, host))
 }
