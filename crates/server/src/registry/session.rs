@@ -102,7 +102,7 @@ impl Session {
 
     /// Whether whoever talks here may have that blob.
     pub(crate) async fn has(&self, blob: &Descriptor) -> Result<bool, RegistryError> {
-        let answer = self.ask(Method::HEAD, self.url(&format!("blobs/{}", blob.digest))?, HeaderMap::new()).await?;
+        let answer = self.somewhere(Method::HEAD, blob, HeaderMap::new()).await?;
         match answer.status {
             StatusCode::OK => Ok(true),
             StatusCode::NOT_FOUND => Ok(false),
@@ -117,15 +117,7 @@ impl Session {
             let range = HeaderValue::from_str(&format!("bytes={from}-")).expect("digits are a header's text");
             headers.insert(header::RANGE, range);
         }
-        let mut answer = self.ask(Method::GET, self.url(&format!("blobs/{}", blob.digest))?, headers.clone()).await?;
-        // Layers that registries may not hand out are somewhere else.
-        for url in &blob.urls {
-            if answer.status != StatusCode::NOT_FOUND {
-                break;
-            }
-            let url = Url::parse(url).map_err(|_| RegistryError::Failed("a layer's other address is no URL".into()))?;
-            answer = self.follow(Method::GET, url, headers.clone(), None).await?;
-        }
+        let answer = self.somewhere(Method::GET, blob, headers).await?;
         match answer.status {
             StatusCode::OK => Ok((0, answer.body)),
             StatusCode::PARTIAL_CONTENT if begins(&answer.headers) == Some(from) => Ok((from, answer.body)),
@@ -134,6 +126,20 @@ impl Session {
             }
             status => Err(refusal(status, "a layer")),
         }
+    }
+
+    /// Asks for a blob: the registry, and where it has none the blob's other addresses, as registries may not hand out every layer.
+    async fn somewhere(&self, method: Method, blob: &Descriptor, headers: HeaderMap) -> Result<Answer, RegistryError> {
+        let own = self.url(&format!("blobs/{}", blob.digest))?;
+        let mut answer = self.ask(method.clone(), own, headers.clone()).await?;
+        for url in &blob.urls {
+            if answer.status != StatusCode::NOT_FOUND {
+                break;
+            }
+            let url = Url::parse(url).map_err(|_| RegistryError::Failed("a layer's other address is no URL".into()))?;
+            answer = self.follow(method.clone(), url, headers.clone(), None).await?;
+        }
+        Ok(answer)
     }
 
     /// A text, whole.

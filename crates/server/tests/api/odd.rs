@@ -74,6 +74,10 @@ impl Odd {
         self.inner.answers.lock().unwrap().insert(path.to_owned(), (kind.to_owned(), bytes));
     }
 
+    pub(crate) fn forgets(&self, path: &str) {
+        self.inner.answers.lock().unwrap().remove(path);
+    }
+
     pub(crate) fn image(&self) -> String {
         format!("{}/app:1", self.host)
     }

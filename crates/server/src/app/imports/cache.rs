@@ -1,12 +1,13 @@
 //! Layers on the disk, as registries gave them.
 //!
 //! ```text
-//!   <dir>/layers/<hash of the registry's host>/<64 hex>          a whole layer
-//!   <dir>/layers/<hash of the registry's host>/<64 hex>.partial  the beginning of one
+//!   <dir>/layers/<hash of where it is from>/<64 hex>          a whole layer
+//!   <dir>/layers/<hash of where it is from>/<64 hex>.partial  the beginning of one
 //! ```
 //!
 //! Invariants: whoever is given a layer has shown its registry credentials for it, also where it was here already; a
-//! layer of one registry is no other's, or anybody's registry could hand out what it knows by digest alone. A layer is
+//! layer of one registry is no other's, or anybody's registry could hand out what it knows by digest alone. For the same reason one
+//! that has other addresses in its manifest is another than the one without: whoever writes a manifest chooses them. A layer is
 //! compared with its digest before it is used, also one that was here: a crash of the host may have torn it. Layers go
 //! only while no import is under way.
 
@@ -79,7 +80,8 @@ impl Cache {
             io::ErrorKind::StorageFull => no_room(),
             _ => AppError::internal("receiving a layer", error),
         };
-        let folder = self.dir.join(&hex::encode(Sha256::digest(host))[..16]);
+        let from = [&[host.to_owned()], &layer.urls[..]].concat().join("\n");
+        let folder = self.dir.join(&hex::encode(Sha256::digest(from))[..16]);
         let path = folder.join(layer.digest.hex());
         let _turn = self.locks.lock(&path).await;
         if is_whole(&path, layer).await? && session.has(layer).await.map_err(told)? {
@@ -88,7 +90,7 @@ impl Cache {
         }
         tokio::fs::create_dir_all(&folder).await.map_err(disk)?;
         let partial = path.with_extension(PARTIAL);
-        let mut failed = None;
+        let (mut failed, mut others) = (None, 0);
         for _ in 0..ATTEMPTS {
             enough_room(app, layer.size)?;
             match receive(app, session, layer, &partial, progress).await {
@@ -110,6 +112,11 @@ impl Cache {
             progress.received(-column(layer.size));
             failed =
                 Some(RegistryError::Failed(format!("what it gives for the layer {} isn't that layer", layer.digest)));
+            others += 1;
+            // The first one may have begun with what was left of an earlier import.
+            if others == 2 {
+                break;
+            }
         }
         Err(told(failed.unwrap_or_else(|| RegistryError::Failed("a layer doesn't come".into()))))
     }
@@ -147,6 +154,9 @@ async fn receive(
     let mut file = file.map_err(Broken::Disk)?;
     let here = file.metadata().await.map_err(Broken::Disk)?.len();
     if here == layer.size && here > 0 {
+        if !session.has(layer).await.map_err(Broken::Registry)? {
+            return Err(Broken::Registry(RegistryError::Absent("the registry doesn't have a layer".into())));
+        }
         progress.received(column(here));
         return Ok(());
     }
