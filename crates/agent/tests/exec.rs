@@ -57,6 +57,29 @@ fn the_environment_is_the_base_overridden_by_the_requests() {
 }
 
 #[test]
+fn the_images_environment_lies_beneath_the_requests_and_its_path_outlives_the_profile() {
+    let guest = Guest::boot_planted(
+        "printf 'PATH=/nowhere\\nFROM_PROFILE=1\\nexport PATH FROM_PROFILE\\n' > $FOLDER/root/etc/profile; mkdir $FOLDER/root/own; \
+         printf '#!/bin/sh\\necho found\\n' > $FOLDER/root/own/tool; chmod 755 $FOLDER/root/own/tool; ",
+    );
+    let env = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    };
+    let path = "/own:/it's here:/usr/bin:/bin";
+    let image_env = env(&[("PATH", path), ("A", "image"), ("B", "image")]);
+    let with = |exec: Exec| Exec { image_env: image_env.clone(), env: env(&[("B", "request")]), ..exec };
+    let line = "tool; echo $PATH $A $B $FROM_PROFILE; no-such-command; shopt -q login_shell && echo login";
+    let answer = guest.exec(with(shell(line)));
+    assert_eq!(answer.text(), format!("found\n{path} image request 1\nlogin"), "{answer:?}");
+    assert!(String::from_utf8_lossy(&answer.stderr).contains("line 1: no-such-command"), "{answer:?}");
+    assert_eq!(guest.exec(with(argv(&["tool"]))).text(), "found");
+    // A request's own wins, and nothing of an image means the profile as it is.
+    let own = Exec { env: env(&[("PATH", "/usr/bin:/own")]), ..with(shell("echo $PATH")) };
+    assert_eq!(guest.exec(own).text(), "/usr/bin:/own");
+    assert_eq!(guest.exec(shell("echo $PATH")).text(), "/nowhere");
+}
+
+#[test]
 fn what_can_not_start_says_why() {
     let guest = Guest::boot();
     let cases = [

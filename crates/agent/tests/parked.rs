@@ -456,3 +456,24 @@ fn a_shutdown_is_not_held_up() {
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     assert_eq!(guest.count(WAITS), 0);
 }
+
+#[test]
+fn a_shell_that_waits_has_the_images_environment_once_a_command_has_told_it() {
+    let guest = with_parking();
+    let image_env = BTreeMap::from([("A".to_owned(), "image".to_owned()), ("PATH".to_owned(), "/bin:/own".to_owned())]);
+    let line = format!("echo $A $PATH; {HOW}");
+    let exec = Exec { image_env, ..shell(&line) };
+    guest.wait_for_count(WAITS, 1);
+    assert_eq!(guest.exec(exec.clone()).text(), format!("image /bin:/own\n{AFRESH}"), "what waited had none");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        guest.wait_for_count(WAITS, 1);
+        let answer = guest.exec(exec.clone());
+        let said = answer.text();
+        if said == format!("image /bin:/own\n{WAITED}") {
+            break;
+        }
+        assert_eq!(said, format!("image /bin:/own\n{AFRESH}"));
+        assert!(Instant::now() < deadline, "no shell waits with the image's environment");
+    }
+}

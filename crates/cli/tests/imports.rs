@@ -116,3 +116,82 @@ async fn an_import_that_the_servers_end_cut_short_leaves_no_image_and_goes_on_wi
     assert_eq!(first.unwrap(), layers(&site.data));
     assert_eq!(images(&site).await, before.map(|count| count + 1));
 }
+
+/// Bash, a profile that sets `PATH` as Debian's does, and tools where the image's own `PATH` leads.
+fn with_a_path_of_its_own() -> Image {
+    let folder = tempfile::tempdir().unwrap();
+    let tree = folder.path();
+    let copy = |file: &Path| {
+        let to = tree.join(file.strip_prefix("/").unwrap());
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(file, to).unwrap();
+    };
+    copy(Path::new("/bin/bash"));
+    let libraries = Command::new("ldd").arg("/bin/bash").output().unwrap();
+    let libraries = String::from_utf8(libraries.stdout).unwrap();
+    libraries.split_whitespace().filter(|word| word.starts_with('/')).for_each(|library| copy(Path::new(library)));
+    copy(Path::new("/bin/busybox"));
+    for name in ["sh", "sleep", "env"] {
+        std::os::unix::fs::symlink("busybox", tree.join("bin").join(name)).unwrap();
+    }
+    fs::create_dir_all(tree.join("etc")).unwrap();
+    fs::write(tree.join("etc/passwd"), "root:x:0:0::/:/bin/sh\n").unwrap();
+    fs::write(tree.join("etc/profile"), "PATH=/usr/local/bin:/usr/bin:/bin\nexport PATH\n").unwrap();
+    fs::create_dir_all(tree.join("opt/own/bin")).unwrap();
+    for (name, script) in
+        [("tool", "#!/bin/sh\necho tool of $GREETING\n"), ("node", "#!/bin/sh\necho run by $GREETING $WHO\n")]
+    {
+        let file = tree.join("opt/own/bin").join(name);
+        fs::write(&file, script).unwrap();
+        fs::set_permissions(file, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let packed = Command::new("tar").args(["-c", "--owner=0", "--group=0", "-C"]).arg(tree).arg(".").output().unwrap();
+    assert!(packed.status.success());
+    let config = json!({ "Cmd": ["sleep", "600"], "Env": ["PATH=/opt/own/bin:/bin", "GREETING=the image"] });
+    Image::new(&[packed.stdout], &config)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_find_the_images_environment_and_its_path_and_nothing_of_a_programs_own() {
+    let (site, registry) = (Site::start(&[ANY_DISK]).await, Registry::open().await.unwrap());
+    registry.push("own", "1", &with_a_path_of_its_own()).await.unwrap();
+    let image = import(&site, &registry.image("own:1")).await;
+    let body = json!({ "cpu": 1, "memMb": 128, "allowIps": [], "diskSizeMb": 64, "imageId": image });
+    let vm = site.ask("POST", "/v1/vms", Some(body)).await.id();
+    let line = "tool; echo $PATH";
+    let all = "tool of the image\n/opt/own/bin:/bin\n";
+    // One shell after the other, one that may have waited among them.
+    for _ in 0..3 {
+        assert_eq!(site.sh(&vm, line).await, all);
+    }
+    let exec = format!("/v1/vms/{vm}/exec");
+    let own = json!({ "cmd": "tool; echo $PATH", "env": { "GREETING": "the request", "PATH": "/bin:/opt/own/bin" } });
+    let answer = site.ask("POST", &exec, Some(own)).await;
+    assert_eq!(answer.body["stdout"], "tool of the request\n/bin:/opt/own/bin\n", "{answer:?}");
+    let script = json!({ "code": "1", "env": ["WHO=me"] });
+    let answer = site.ask("POST", &format!("/v1/vms/{vm}/run-js"), Some(script)).await;
+    assert_eq!(answer.body["stdout"], "run by the image me\n", "{answer:?}");
+    // It is the VM's after a stop, and of whatever is made of a snapshot of it.
+    for verb in ["stop", "start"] {
+        assert_eq!(site.ask("POST", &format!("/v1/vms/{vm}/{verb}"), None).await.status, 204, "{verb}");
+    }
+    assert_eq!(site.sh(&vm, line).await, all);
+    let snapshot = site.ask("POST", &format!("/v1/vms/{vm}/snapshots"), None).await;
+    let body = json!({ "cpu": 1, "memMb": 128, "allowIps": [], "snapshotId": snapshot.body["id"] });
+    let copy = site.ask("POST", "/v1/vms", Some(body)).await.id();
+    assert_eq!(site.sh(&copy, line).await, all);
+    // A program's own environment is a secret of its own.
+    let env = json!({ "SECRET": "s3cret", "GREETING": "the program" });
+    let started = site.ask("POST", "/v1/vm/start", Some(json!({ "imageId": image, "envVars": env }))).await;
+    assert_eq!(started.status, 200, "{started:?}");
+    let program = format!("vm-{}", started.body["id"].as_str().unwrap()).parse().unwrap();
+    let found = site.sh(&program, "env; tool").await;
+    assert!(!found.contains("s3cret") && !found.contains("the program"), "{found}");
+    assert!(found.ends_with("tool of the image\n"), "{found}");
+    for vm in [vm, copy, program] {
+        site.delete(&vm).await;
+    }
+    let snapshot = snapshot.body["id"].as_str().unwrap();
+    assert_eq!(site.ask("DELETE", &format!("/v1/snapshots/{snapshot}"), None).await.status, 204);
+    site.is_tidy().await;
+}

@@ -46,6 +46,7 @@ fn script(runtime: Runtime, source: Source) -> Script {
         source,
         args: vec![],
         env: BTreeMap::new(),
+        image_env: BTreeMap::new(),
         flags: vec![],
         network: false,
         uid: 1000,

@@ -39,12 +39,8 @@ fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D)
 }
 
 impl ImageConfig {
-    /// The image's program, with the environment of whoever runs it over the image's own.
-    ///
-    /// # Errors
-    /// [`ProgramError`]: there is none, or it breaks a limit.
-    pub fn program(&self, own_env: &BTreeMap<String, String>) -> Result<Program, ProgramError> {
-        // The last of a name counts; an entry without `=` says that there is none of that name.
+    /// The image's environment: the last of a name counts, and an entry without `=` says that there is none of that name.
+    pub fn environment(&self) -> BTreeMap<String, String> {
         let mut env = BTreeMap::new();
         for entry in &self.env {
             match entry.split_once('=') {
@@ -52,6 +48,15 @@ impl ImageConfig {
                 None => env.remove(entry),
             };
         }
+        env
+    }
+
+    /// The image's program, with the environment of whoever runs it over the image's own.
+    ///
+    /// # Errors
+    /// [`ProgramError`]: there is none, or it breaks a limit.
+    pub fn program(&self, own_env: &BTreeMap<String, String>) -> Result<Program, ProgramError> {
+        let mut env = self.environment();
         env.extend(own_env.iter().map(|(name, value)| (name.clone(), value.clone())));
         let program = Program {
             argv: self.entrypoint.iter().chain(&self.cmd).cloned().collect(),

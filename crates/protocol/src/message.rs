@@ -99,8 +99,11 @@ pub struct Exec {
     pub command: Command,
     /// Working directory. Missing or no directory: [`FailureCode::BadCwd`].
     pub cwd: String,
-    /// Environment beyond the agent's base (`PATH`, `HOME`, `USER`, `LANG`, ...); overrides it.
+    /// Environment beyond the agent's base (`PATH`, `HOME`, `USER`, `LANG`, ...) and the image's; overrides both.
     pub env: BTreeMap<String, String>,
+    /// The image's own environment; overrides the agent's base. A `PATH` of either is one that no profile changes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub image_env: BTreeMap<String, String>,
     /// User id to run as.
     pub uid: u32,
     /// Group id to run as; no supplementary groups.
@@ -172,8 +175,11 @@ pub struct Script {
     pub source: Source,
     /// The program's arguments.
     pub args: Vec<String>,
-    /// Environment beyond the agent's base; under Deno the program may read these names and no others.
+    /// Environment beyond the agent's base and the image's; under Deno the program may read these names and no others.
     pub env: BTreeMap<String, String>,
+    /// As [`Exec::image_env`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub image_env: BTreeMap<String, String>,
     /// Further options of the runtime, before the program.
     pub flags: Vec<String>,
     /// Whether the program may use the network, as far as the VM may.

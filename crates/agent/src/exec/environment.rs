@@ -1,4 +1,5 @@
-//! A command's environment: the agent's base, overridden by the request's. Nothing of the agent's own gets in.
+//! A command's environment: the agent's base, overridden by the image's, and that by the request's. Nothing of the agent's own
+//! gets in.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -60,7 +61,8 @@ impl Account {
     }
 }
 
-/// The base for `account` in a guest whose best shell is `shell`, with a terminal or without, overridden by `own`, as `NAME=value`.
+/// The base for `account` in a guest whose best shell is `shell`, with a terminal or without, overridden by `image` and that by
+/// `own`, as `NAME=value`.
 ///
 /// # Errors
 /// `BadRequest` for a name that is empty or has `=`, and for a NUL.
@@ -68,6 +70,7 @@ pub fn merged(
     account: &Account,
     shell: &str,
     terminal: bool,
+    image: &BTreeMap<String, String>,
     own: &BTreeMap<String, String>,
 ) -> Result<Vec<CString>, Failure> {
     let mut merged = BTreeMap::from([
@@ -79,10 +82,10 @@ pub fn merged(
         ("SHELL", shell),
     ]);
     // UTF-8 by the one category that knows of it: LANG would have each program load a dozen files that say nothing new.
-    if !own.contains_key("LANG") {
+    if !own.contains_key("LANG") && !image.contains_key("LANG") {
         merged.insert("LC_CTYPE", "C.UTF-8");
     }
-    for (name, value) in own {
+    for (name, value) in image.iter().chain(own) {
         if name.is_empty() || name.contains('=') {
             return Err(failure(FailureCode::BadRequest, "an environment variable's name is empty or has a ="));
         }
@@ -111,9 +114,11 @@ mod tests {
     }
 
     #[test]
-    fn own_variables_override_the_base() {
+    fn own_variables_override_the_images_which_override_the_base() {
         let own = BTreeMap::from([("HOME".to_owned(), "/x".to_owned()), ("A".to_owned(), String::new())]);
-        let merged = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &own).unwrap();
+        let image = BTreeMap::from([("HOME".to_owned(), "/i".to_owned()), ("B".to_owned(), "image".to_owned())]);
+        let merged = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &image, &own).unwrap();
+        assert!(merged.contains(&c"B=image".to_owned()));
         assert!(merged.contains(&c"HOME=/x".to_owned()) && merged.contains(&c"A=".to_owned()));
         assert!(merged.contains(&c"USER=root".to_owned()));
         assert!(merged.contains(&c"LC_CTYPE=C.UTF-8".to_owned()));
@@ -123,7 +128,8 @@ mod tests {
     #[test]
     fn a_terminal_has_a_type_unless_the_request_names_another() {
         let account = Account::find(ACCOUNTS, 0);
-        let terminal = |own: &BTreeMap<String, String>| merged(&account, "/bin/sh", true, own).unwrap();
+        let terminal =
+            |own: &BTreeMap<String, String>| merged(&account, "/bin/sh", true, &BTreeMap::new(), own).unwrap();
         assert!(terminal(&BTreeMap::new()).contains(&c"TERM=xterm-256color".to_owned()));
         let own = BTreeMap::from([("TERM".to_owned(), "vt100".to_owned())]);
         assert!(terminal(&own).contains(&c"TERM=vt100".to_owned()));
@@ -132,15 +138,18 @@ mod tests {
     #[test]
     fn a_language_of_ones_own_is_not_overridden() {
         let own = BTreeMap::from([("LANG".to_owned(), "de_DE.UTF-8".to_owned())]);
-        let merged = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &own).unwrap();
-        assert!(!merged.iter().any(|entry| entry.as_bytes().starts_with(b"LC_CTYPE=")));
+        let image = BTreeMap::new();
+        for (image, own) in [(&image, &own), (&own, &image)] {
+            let merged = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, image, own).unwrap();
+            assert!(!merged.iter().any(|entry| entry.as_bytes().starts_with(b"LC_CTYPE=")));
+        }
     }
 
     #[test]
     fn broken_names_and_values_are_refused() {
         for (name, value) in [("", "x"), ("A=B", "x"), ("A", "\0"), ("\0", "")] {
             let own = BTreeMap::from([(name.to_owned(), value.to_owned())]);
-            let refused = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &own).unwrap_err();
+            let refused = merged(&Account::find(ACCOUNTS, 0), "/bin/sh", false, &BTreeMap::new(), &own).unwrap_err();
             assert_eq!(refused.code, FailureCode::BadRequest, "{name:?}");
         }
     }
@@ -148,7 +157,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_passwd_gives_an_account_that_fits_an_environment(passwd in proptest::collection::vec(any::<u8>(), 0..400), uid in 0u32..3) {
-            prop_assert!(merged(&Account::find(&passwd, uid), "/bin/sh", false, &BTreeMap::new()).is_ok());
+            prop_assert!(merged(&Account::find(&passwd, uid), "/bin/sh", false, &BTreeMap::new(), &BTreeMap::new()).is_ok());
         }
     }
 }

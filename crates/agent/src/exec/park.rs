@@ -10,12 +10,14 @@
 //! same user, with the same environment, in the same folder; and only while all that a login shell reads is as it was
 //! ([`super::profile`]). Everything else is started afresh, and so is a command that comes while another waits for the
 //! shell that starts. Waiting for that one costs no more than starting one's own: it is the same work, begun earlier.
-//! Whether a command can use it is decided before it waits.
+//! Whether a command can use it is decided before it waits. The image's environment comes with commands: the first one tells it,
+//! where there is one, and from then on the shell has it from its start.
 //!
 //! The next one is started when no command runs: not in the way of one, nor to be seen by it, and once for each command
 //! that wanted it, so that a guest where nothing is asked for does nothing. There is none where memory is short. It counts
 //! in the guest's bound of processes, but is no process of the guest's in an answer to a ping.
 
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -75,6 +77,8 @@ struct State {
     /// Shells that somebody ended while they started, since a command came for one.
     ended: u32,
     closed: bool,
+    /// What commands bring of their image.
+    image_env: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -130,6 +134,7 @@ impl Default for Park {
             failures: 0,
             ended: 0,
             closed: false,
+            image_env: BTreeMap::new(),
         };
         Park { state: Mutex::new(state), changed: Condvar::new() }
     }
@@ -141,7 +146,7 @@ pub fn keep(guest: &Arc<Guest>) {
     let kept = std::thread::Builder::new().name("park".to_owned()).stack_size(crate::listen::STACK).spawn(move || {
         loop {
             let generation = guest.park.next_turn();
-            let attempt = match Origin::of_now().map(Arc::new) {
+            let attempt = match Origin::of_now(guest.park.image_env()).map(Arc::new) {
                 Some(origin) if guest.park.starts(&origin, generation) => ready(&guest, origin),
                 Some(_) => continue,
                 None => Attempt::Refused,
@@ -166,6 +171,10 @@ impl Park {
     /// The shell that waits, running `exec` now, if that is the same as starting it afresh.
     pub fn claim(&self, guest: &Guest, exec: &Exec) -> Option<Running> {
         let begun = Instant::now();
+        if self.learns(exec) {
+            self.discard(guest);
+            return None;
+        }
         let (line, origin) = self.expected(exec)?;
         if !origin.found.still_holds(FOLDER) {
             self.forget(guest, &origin);
@@ -178,6 +187,20 @@ impl Park {
         }
         ready.shell.running.discard(guest);
         None
+    }
+
+    /// Whether `exec`, for which one might wait, brings another environment of the image than was known.
+    fn learns(&self, exec: &Exec) -> bool {
+        let mut state = self.lock();
+        let is_new = line_for_one(exec).is_some() && state.image_env != exec.image_env;
+        if is_new {
+            state.image_env.clone_from(&exec.image_env);
+        }
+        is_new
+    }
+
+    fn image_env(&self) -> BTreeMap<String, String> {
+        self.lock().image_env.clone()
     }
 
     /// Ends the shell that waits, or starts; another one will be started.
@@ -335,8 +358,8 @@ impl State {
 
 impl Origin {
     /// For a shell that starts now; none where it may not start early.
-    fn of_now() -> Option<Self> {
-        let exec = exec();
+    fn of_now(image_env: BTreeMap<String, String>) -> Option<Self> {
+        let exec = exec(image_env);
         let login = Login::of(&exec).ok().filter(|login| login.shell.ends_with("/bash"))?;
         let found = Fingerprint::take(login.shell, &login.account.home, FOLDER)?;
         // Looked up again: what has changed before it was stamped would not be noticed.
@@ -356,11 +379,12 @@ fn line_for_one(exec: &Exec) -> Option<&str> {
 }
 
 /// What is started to wait.
-fn exec() -> Exec {
+fn exec(image_env: BTreeMap<String, String>) -> Exec {
     Exec {
         command: Command::Shell(parked::text()),
         cwd: FOLDER.to_owned(),
         env: Default::default(),
+        image_env,
         uid: USER,
         gid: USER,
         timeout_ms: 0,
@@ -387,7 +411,7 @@ enum Attempt {
 fn ready(guest: &Guest, origin: Arc<Origin>) -> Attempt {
     let Ok((control, its_control)) = UnixStream::pair() else { return Attempt::Refused };
     let its_control = OwnedFd::from(its_control);
-    let running = start_afresh(guest, &exec(), origin.login.clone(), Some(&its_control));
+    let running = start_afresh(guest, &exec(origin.login.image_env.clone()), origin.login.clone(), Some(&its_control));
     let Ok(running) = running else { return Attempt::Refused };
     drop(its_control);
     match Parked::settle(running, control) {
@@ -422,8 +446,9 @@ mod tests {
 
     fn origin() -> Arc<Origin> {
         let account = Account { name: "user".to_owned(), home: FOLDER.to_owned() };
-        let environment = crate::exec::environment::merged(&account, "/bin/bash", false, &Default::default()).unwrap();
-        let login = Login { shell: "/bin/bash", account, environment };
+        let environment =
+            crate::exec::environment::merged(&account, "/bin/bash", false, &BTreeMap::new(), &BTreeMap::new()).unwrap();
+        let login = Login { shell: "/bin/bash", account, image_env: BTreeMap::new(), environment };
         Arc::new(Origin { login, found: Fingerprint::default() })
     }
 
@@ -434,7 +459,7 @@ mod tests {
     }
 
     fn line() -> Exec {
-        Exec { command: Command::Shell("echo hi".to_owned()), ..exec() }
+        Exec { command: Command::Shell("echo hi".to_owned()), ..exec(BTreeMap::new()) }
     }
 
     #[test]
@@ -445,6 +470,7 @@ mod tests {
         let others = [
             Exec { env: env("A", "b"), ..line() },
             Exec { env: env("HOME", "/elsewhere"), ..line() },
+            Exec { image_env: env("A", "b"), ..line() },
             Exec { cwd: "/tmp".to_owned(), ..line() },
             Exec { uid: 0, ..line() },
             Exec { stdin: true, ..line() },
@@ -458,6 +484,16 @@ mod tests {
         }
         park.lock().generation += 1;
         assert!(park.expected(&line()).is_none(), "it is discarded when it has started");
+    }
+
+    #[test]
+    fn the_images_environment_is_learnt_once_and_from_commands_that_a_shell_may_wait_for() {
+        let park = Park::default();
+        let image = |exec: Exec| Exec { image_env: BTreeMap::from([("A".to_owned(), "b".to_owned())]), ..exec };
+        assert!(!park.learns(&line()), "there is none");
+        assert!(!park.learns(&image(Exec { stdin: true, ..line() })), "no shell waits for that one");
+        assert!(park.learns(&image(line())));
+        assert!(!park.learns(&image(line())) && park.image_env() == image(line()).image_env);
     }
 
     #[test]

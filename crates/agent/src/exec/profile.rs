@@ -89,6 +89,12 @@ struct Stamp {
     changed: (i64, i64),
 }
 
+/// Whether a login shell leaves a `PATH` that it was given: there is no profile, or the default image's, which does. Others mostly
+/// set one of their own.
+pub fn keeps_path() -> bool {
+    !Path::new(PROFILE).exists() || read(Path::new(PROFILE)).is_some_and(|text| text == KNOWN)
+}
+
 impl Fingerprint {
     /// What `shell` would find for a user at home in `home`, started in `folder`; none where it may not start early.
     pub fn take(shell: &str, home: &str, folder: &str) -> Option<Self> {

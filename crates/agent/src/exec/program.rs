@@ -20,13 +20,19 @@ pub struct Program {
 }
 
 impl Program {
-    /// What `command` means in a guest whose best shell is `shell`.
+    /// What `command` means in a guest whose best shell is `shell`. A shell line is run with the `path` that is given, whatever the
+    /// profile before it made of `PATH`.
     ///
     /// # Errors
     /// `BadRequest` for an empty list or a NUL, `BadCommand` for an empty name.
-    pub fn of(command: &Command, shell: &str) -> Result<Self, Failure> {
+    pub fn of(command: &Command, shell: &str, path: Option<&str>) -> Result<Self, Failure> {
         match command {
             Command::Shell(line) => {
+                // On the line's own line, so that a shell's messages name it by the number that it has.
+                let line = match path {
+                    Some(path) => &format!("export PATH='{}'; {line}", path.replace('\'', r"'\''")),
+                    None => line,
+                };
                 let arguments = [shell.rsplit('/').next().unwrap_or(shell), "-lc", line];
                 Ok(Program { name: shell.to_owned(), arguments: c_strings(&arguments, "command")? })
             }
@@ -80,13 +86,20 @@ mod tests {
     use super::*;
 
     fn argv(words: &[&str]) -> Result<Program, Failure> {
-        Program::of(&Command::Argv(words.iter().map(|word| (*word).to_owned()).collect()), "/bin/sh")
+        Program::of(&Command::Argv(words.iter().map(|word| (*word).to_owned()).collect()), "/bin/sh", Some("/a"))
     }
 
     #[test]
     fn a_bare_name_is_looked_up_in_every_folder_of_the_path() {
         let found = argv(&["ls", "-l"]).unwrap().candidates("/a::/b").unwrap();
         assert_eq!(found, [c"/a/ls".to_owned(), c"./ls".to_owned(), c"/b/ls".to_owned()]);
+    }
+
+    #[test]
+    fn a_shell_line_has_the_path_that_was_chosen_whatever_is_in_it() {
+        let line = |path| Program::of(&Command::Shell("echo hi".to_owned()), "/bin/bash", path).unwrap().arguments;
+        assert_eq!(line(None), [c"bash".to_owned(), c"-lc".to_owned(), c"echo hi".to_owned()]);
+        assert_eq!(line(Some("/it's/$(id):/b"))[2], c"export PATH='/it'\\''s/$(id):/b'; echo hi".to_owned());
     }
 
     #[test]
@@ -100,7 +113,7 @@ mod tests {
         assert_eq!(argv(&[""]).unwrap_err().code, FailureCode::BadCommand);
         assert_eq!(argv(&["a", "b\0c"]).unwrap_err().code, FailureCode::BadRequest);
         assert_eq!(
-            Program::of(&Command::Shell("a\0".to_owned()), "/bin/sh").unwrap_err().code,
+            Program::of(&Command::Shell("a\0".to_owned()), "/bin/sh", None).unwrap_err().code,
             FailureCode::BadRequest
         );
     }

@@ -1,5 +1,6 @@
 //! Starting a command: by a shell that waits for one ([`super::park`]) where that makes no difference, else afresh.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
@@ -7,6 +8,7 @@ use std::time::Instant;
 use tiffin_protocol::{Exec, Failure, FailureCode};
 
 use super::environment::{self, Account};
+use super::profile;
 use super::program::{self, Program};
 use super::spawn::{self, Plan, SpawnError};
 use super::streams::{self, AgentEnds, ChildEnds};
@@ -45,6 +47,8 @@ pub struct Login {
     pub shell: &'static str,
     /// Who it runs as.
     pub account: Account,
+    /// The image's environment, which is in the other.
+    pub image_env: BTreeMap<String, String>,
     /// `NAME=value`.
     pub environment: Vec<CString>,
 }
@@ -57,15 +61,15 @@ impl Login {
     pub fn of(exec: &Exec) -> Result<Self, Failure> {
         let account = Account::of(exec.uid);
         let shell = program::shell();
-        let environment = environment::merged(&account, shell, exec.terminal.is_some(), &exec.env)?;
-        Ok(Login { shell, account, environment })
+        let environment = environment::merged(&account, shell, exec.terminal.is_some(), &exec.image_env, &exec.env)?;
+        Ok(Login { shell, account, image_env: exec.image_env.clone(), environment })
     }
 
     /// Whether `exec`, of the same user and without a terminal, would be given the same as long as the guest is as it was.
     pub fn is_for(&self, exec: &Exec) -> bool {
         // Nothing to compare where the command brings nothing of its own.
-        exec.env.is_empty()
-            || environment::merged(&self.account, self.shell, false, &exec.env)
+        (exec.env.is_empty() && exec.image_env == self.image_env)
+            || environment::merged(&self.account, self.shell, false, &exec.image_env, &exec.env)
                 .is_ok_and(|environment| environment == self.environment)
     }
 }
@@ -90,9 +94,10 @@ pub fn start(guest: &Guest, exec: &Exec) -> Result<Running, Failure> {
 /// # Errors
 /// As [`start`].
 pub fn start_afresh(guest: &Guest, exec: &Exec, login: Login, control: Option<&OwnedFd>) -> Result<Running, Failure> {
-    let program = Program::of(&exec.command, login.shell)?;
-    let path = exec.env.get("PATH").map_or(environment::PATH, String::as_str);
-    let candidates = program.candidates(path)?;
+    let chosen = exec.env.get("PATH").or(exec.image_env.get("PATH")).map(String::as_str);
+    let kept = chosen.filter(|_| !profile::keeps_path());
+    let program = Program::of(&exec.command, login.shell, kept)?;
+    let candidates = program.candidates(chosen.unwrap_or(environment::PATH))?;
     let cwd = program::c_string(&exec.cwd, "cwd")?;
     let (ends, child_ends) = open_streams(exec)?;
     let child = guest.reaper.expect().map_err(|error| no_room(&error.to_string()))?;

@@ -77,6 +77,7 @@ fn command(files: &Files, job: &Job) -> Exec {
         command: Command::Argv(tool::arguments(job)),
         cwd: "/".to_owned(),
         env: BTreeMap::new(),
+        image_env: BTreeMap::new(),
         uid: files.uid,
         gid: files.gid,
         timeout_ms: files.timeout_ms,

@@ -165,7 +165,7 @@ fn launch(guest: &Guest, asked: &Asked) -> Result<(Child, AgentEnds), Failure> {
     let cwd = if asked.cwd.is_empty() { "/" } else { &asked.cwd };
     make_folder(cwd)?;
     let environment = environment(asked, &user)?;
-    let words = Words::of(&Command::Argv(asked.argv.clone()), "")?;
+    let words = Words::of(&Command::Argv(asked.argv.clone()), "", None)?;
     let path = asked.env.get("PATH").map_or(PATH, String::as_str);
     let (ends, child_ends) = pipes_of(&user)?;
     let child = guest.reaper.expect().map_err(|error| no_room(&error.to_string()))?;

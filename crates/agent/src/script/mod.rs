@@ -56,7 +56,7 @@ pub fn run(guest: &Guest, handover: &Handover, script: &Script, socket: &TcpStre
 fn prepare(handover: &Handover, script: &Script, slip: &Slip) -> Result<Exec, Failure> {
     let arguments = command::of(script, handover, slip.path())?;
     let mut env = script.env.clone();
-    for (name, value) in VARIABLES {
+    for (name, value) in VARIABLES.into_iter().filter(|(name, _)| !script.image_env.contains_key(*name)) {
         env.entry(name.to_owned()).or_insert_with(|| value.to_owned());
     }
     env.insert(command::VARIABLE.to_owned(), format!("{} {}", script.result_cap, slip.path().display()));
@@ -64,6 +64,7 @@ fn prepare(handover: &Handover, script: &Script, slip: &Slip) -> Result<Exec, Fa
         command: Command::Argv(arguments),
         cwd: command::WORKSPACE.to_owned(),
         env,
+        image_env: script.image_env.clone(),
         uid: script.uid,
         gid: script.gid,
         timeout_ms: script.timeout_ms,

@@ -254,6 +254,7 @@ fn command(command: Command) -> Exec {
         command,
         cwd: "/workspace".to_owned(),
         env: BTreeMap::new(),
+        image_env: BTreeMap::new(),
         uid: 1000,
         gid: 1000,
         timeout_ms: 15_000,

@@ -164,6 +164,7 @@ pub(crate) fn shell(line: &str) -> Exec {
         command: Command::Shell(line.to_owned()),
         cwd: "/workspace".into(),
         env: Default::default(),
+        image_env: Default::default(),
         uid: 1000,
         gid: 1000,
         timeout_ms: 60_000,

@@ -168,7 +168,7 @@ fn script_for(fake: &Shared, id: &VmId, exec: &Exec) -> Script {
             Some(text) => says(&text),
             None => Script { exit_code: 1, ..Script::default() },
         },
-        Some(("printenv", name)) => match exec.env.get(name) {
+        Some(("printenv", name)) => match exec.env.get(name).or(exec.image_env.get(name)) {
             Some(value) => says(value),
             None => Script { exit_code: 1, ..Script::default() },
         },

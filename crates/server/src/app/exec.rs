@@ -59,12 +59,13 @@ pub(crate) async fn exec_start(
     caller.require(Scope::Write)?;
     let began = Instant::now();
     let (guest, connection, token) = reach(app, caller, id).await?;
-    let timeout_ms = request.timeout_ms;
+    let (timeout_ms, image_env) = (request.timeout_ms, guest.image_env().await?);
     let mut note = RunNote::begin(app, caller, id, ExecKind::Exec, &request.cmd);
     let exec = Exec {
         command: Command::Shell(request.cmd),
         cwd: request.cwd,
         env: request.env,
+        image_env,
         uid: GUEST_USER,
         gid: GUEST_USER,
         timeout_ms,

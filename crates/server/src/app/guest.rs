@@ -1,6 +1,6 @@
 //! The way to the agent in a VM: bounded in number and time, and what its failures mean to a client.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde_json::json;
 use tiffin_engine::{Connection, EngineError, Observed, Target, agent::AgentError};
@@ -14,6 +14,7 @@ use tiffin_types::{
 use super::{
     App,
     auth::Caller,
+    images::environment_of,
     places::CommandPlace,
     vms::{vm_get, wrong_state},
 };
@@ -59,6 +60,11 @@ async fn dial(app: &App, id: &VmId) -> Result<(Connection, String), EngineError>
 }
 
 impl Guest {
+    /// What the VM's image has its commands find in their environment.
+    pub(super) async fn image_env(&self) -> Result<BTreeMap<String, String>, AppError> {
+        environment_of(&self.app, &self.vm).await
+    }
+
     /// What begins an operation, which may take no longer than reaching the agent.
     pub(super) async fn begin<T>(&self, operation: impl Future<Output = Result<T, AgentError>>) -> Result<T, AppError> {
         match tokio::time::timeout(DIAL, operation).await {

@@ -3,6 +3,7 @@
 //! Invariant: a blob goes only when no record names it, and while it goes no VM's record is made from an image
 //! ([`Images::gate`]): who has a record has its blob.
 
+mod environments;
 pub(crate) mod leaving;
 
 use std::{sync::Arc, time::Duration};
@@ -27,6 +28,8 @@ use super::{
 };
 use crate::{config::Config, error::AppError, fault};
 
+pub(super) use environments::{config_of, environment_of};
+
 /// Where images are on this host, and what is being uploaded to them.
 pub(crate) struct Images {
     pub(crate) filesystems: BlobStore,
@@ -39,6 +42,7 @@ pub(crate) struct Images {
     pub(crate) ongoing: Ongoing,
     /// Blobs that may be unneeded.
     pub(crate) leaving: leaving::Leaving,
+    environments: environments::Environments,
     /// One conversion at a time: each takes a processor and as much disk as it may.
     pub(super) converting: Turns,
 }
@@ -60,6 +64,7 @@ impl Images {
             gate: RwLock::default(),
             ongoing: Ongoing::new(config.images.uploads_in_flight),
             leaving: leaving::Leaving::default(),
+            environments: environments::Environments::default(),
             converting: Turns::default(),
         })
     }

@@ -52,7 +52,7 @@ pub(crate) async fn script_start(
     caller.require(Scope::Write)?;
     let began = Instant::now();
     let (guest, connection, token) = reach(app, caller, id).await?;
-    let timeout_ms = request.timeout_ms;
+    let (timeout_ms, image_env) = (request.timeout_ms, guest.image_env().await?);
     let kind = match request.runtime {
         Runtime::Deno => ExecKind::RunTs,
         Runtime::Node => ExecKind::RunJs,
@@ -71,6 +71,7 @@ pub(crate) async fn script_start(
         source,
         args: request.args,
         env: request.env,
+        image_env,
         flags: request.flags,
         network: guest.vm.egress.allows_something(),
         uid: GUEST_USER,

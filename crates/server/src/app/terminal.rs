@@ -18,6 +18,8 @@ use crate::error::AppError;
 
 /// The shell that runs the line, as a login shell: bash, or sh where the image has no bash.
 const LOGIN_SHELL: &str = "exec \"$0\" -l";
+/// The same behind the login shell that runs the line, so that no profile is read again and takes the image's `PATH` away.
+const SHELL: &str = "exec \"$0\"";
 
 /// A terminal that is open.
 pub(crate) struct Terminal {
@@ -44,10 +46,13 @@ pub(crate) async fn terminal_open(
     caller.require(Scope::Write)?;
     let (guest, connection, token) = reach(app, caller, id).await?;
     let timeout_ms = app.config.terminal.max_session_ms;
+    let image_env = guest.image_env().await?;
+    let shell = if image_env.contains_key("PATH") { SHELL } else { LOGIN_SHELL };
     let exec = Exec {
-        command: Command::Shell(cmd.unwrap_or_else(|| LOGIN_SHELL.to_owned())),
+        command: Command::Shell(cmd.unwrap_or_else(|| shell.to_owned())),
         cwd: WORKSPACE.to_owned(),
         env: Default::default(),
+        image_env,
         uid: GUEST_USER,
         gid: GUEST_USER,
         timeout_ms,

@@ -67,7 +67,13 @@ async fn an_image_is_imported_with_its_configuration_and_vms_are_made_of_it() ->
     assert_eq!(config, expected);
     let mut vm = small_vm();
     vm["imageId"] = image["id"].clone();
-    server.post("/v1/vms", &vm).await?.ok(201);
+    let made = server.post("/v1/vms", &vm).await?.ok(201);
+    // Commands find the image's environment beneath their own.
+    let exec = format!("/v1/vms/{}/exec", made["id"].as_str().context("an id")?);
+    for (env, found) in [(json!({}), "1\n"), (json!({ "A": "2" }), "2\n")] {
+        let answer = server.post(&exec, &json!({ "cmd": "printenv A", "env": env })).await?.ok(200);
+        assert_eq!(answer["stdout"], found);
+    }
     // By its digest, by the other method, in the other place.
     let by_digest = registry.image(&format!("team/app@{manifest}"));
     for path in ["/v1/image/import", "/cakework/v1/image/import"] {

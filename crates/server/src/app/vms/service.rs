@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use tiffin_engine::{EngineError, Observed};
-use tiffin_image::config::ImageConfig;
 use tiffin_store::{Change, Image, Vm};
 use tiffin_types::{
     program::Program,
@@ -11,13 +10,11 @@ use tiffin_types::{
 };
 
 use super::{App, run::commit_running, spec_of};
-use crate::{error::AppError, fault};
+use crate::{app::images::config_of, error::AppError, fault};
 
 /// What the image's program is, with `env` over the image's own environment.
 pub(super) fn program_of(image: &Image, env: &BTreeMap<String, String>) -> Result<Program, AppError> {
-    let config: ImageConfig = serde_json::from_value(image.config.clone())
-        .map_err(|error| AppError::internal(format!("the configuration of image {}", image.id), error))?;
-    config.program(env).map_err(|error| AppError::Unprocessable {
+    config_of(image)?.program(env).map_err(|error| AppError::Unprocessable {
         code: "image_unusable",
         message: format!("the image's program can't be run: {error}"),
     })
