@@ -35,7 +35,7 @@ fn busybox() -> Image {
         fs::create_dir(tree.join(name)).unwrap();
     }
     fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
-    for name in ["sh", "cat", "id", "ls", "sleep", "pwd"] {
+    for name in ["sh", "cat", "dd", "id", "ls", "rm", "sleep", "pwd"] {
         std::os::unix::fs::symlink("busybox", tree.join("bin").join(name)).unwrap();
     }
     fs::write(tree.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nwww:x:1234:1234::/srv:/bin/sh\n").unwrap();
@@ -193,5 +193,48 @@ async fn commands_find_the_images_environment_and_its_path_and_nothing_of_a_prog
     }
     let snapshot = snapshot.body["id"].as_str().unwrap();
     assert_eq!(site.ask("DELETE", &format!("/v1/snapshots/{snapshot}"), None).await.status, 204);
+    site.is_tidy().await;
+}
+
+/// What the program does: tells what an earlier run left, and fills its disk the first time.
+const FILLS_ITS_DISK: &str = "cd /srv/out; cat runs; echo again >> runs; \
+    [ -e filled ] || { dd if=/dev/zero of=big bs=1M count=1100; echo ended by $?; rm big; echo filled > filled; }; sleep 600";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_has_room_for_what_was_asked_for_and_outlives_stops() {
+    let (site, registry) = (Site::start(&[ANY_DISK]).await, Registry::open().await.unwrap());
+    let mut image = busybox();
+    let mut config: Value = serde_json::from_slice(&image.blobs[0]).unwrap();
+    config["config"]["Cmd"] = json!([FILLS_ITS_DISK]);
+    image.configure(&config);
+    registry.push("full", "1", &image).await.unwrap();
+    let image = import(&site, &registry.image("full:1")).await;
+    let cached = site.ask("POST", "/v1/vm/cache", Some(json!({ "imageId": image, "volumeGB": 1 }))).await;
+    assert_eq!((cached.status, &cached.body["volumeGB"]), (200, &json!(1)), "{cached:?}");
+    let id = cached.body["id"].as_str().unwrap();
+    let has_said = async |text: &str, times: usize| {
+        let logs = site.ask("GET", &format!("/v1/vm/cached/{id}/logs?batch=1000"), None).await;
+        let lines = logs.body["lines"].as_array().cloned().unwrap_or_default();
+        lines.iter().filter(|line| line["message"].as_str().unwrap_or_default().contains(text)).count() == times
+    };
+    for run in 0..3 {
+        let started = site.ask("POST", &format!("/v1/vm/cached/{id}/start"), None).await;
+        assert_eq!(started.status, 200, "{started:?}");
+        // Each run finds a line of every one before it.
+        harness::eventually("it has told what it found", async || has_said("again", (0..=run).sum()).await).await;
+        harness::eventually("its disk was filled once", async || has_said("ended by 1", 1).await).await;
+        harness::eventually("it is told why", async || has_said("No space left on device", 1).await).await;
+        if run == 0 {
+            let vm = format!("vm-{id}").parse().unwrap();
+            harness::eventually("what is removed makes room", async || {
+                site.sh(&vm, "ls /srv/out").await.contains("filled")
+            })
+            .await;
+        }
+        let stopped = site.ask("POST", &format!("/v1/vm/cached/{id}/stop"), None).await;
+        assert_eq!(stopped.status, 200, "{stopped:?}");
+    }
+    let destroyed = site.ask("POST", &format!("/v1/vm/cached/{id}/destroy"), None).await;
+    assert_eq!(destroyed.status, 200, "{destroyed:?}");
     site.is_tidy().await;
 }

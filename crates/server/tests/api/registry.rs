@@ -114,6 +114,13 @@ impl Image {
         Self { manifest, blobs }
     }
 
+    /// The same layers with another configuration.
+    pub(crate) fn configure(&mut self, config: &Value) {
+        self.blobs[0] = config.to_string().into_bytes();
+        self.manifest["config"]["digest"] = json!(digest(&self.blobs[0]));
+        self.manifest["config"]["size"] = json!(self.blobs[0].len());
+    }
+
     pub(crate) fn bytes(&self) -> Vec<u8> {
         self.manifest.to_string().into_bytes()
     }
