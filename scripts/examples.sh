@@ -159,6 +159,44 @@ holds 'length == 2 and all(.[]; .state == "RUNNING")'
 call 204 DELETE "/v1/snapshots/$snapshot"
 refused 404 GET "/v1/snapshots/$snapshot" snapshot
 
+say "==> ports"
+# Python's server is still there in the first VM.
+call 200 GET /v1/ingress
+holds '(.domain | type) == "string" and (.caCertificate | startswith("-----BEGIN CERTIFICATE-----"))'
+call 200 PUT "/v1/vms/$original/ports/8000"
+hostname=$(field .hostname) port=${TIFFIN_INGRESS_URL##*:}
+holds ".port == 8000 and .url == \"https://$hostname:$port/\" and (.createdAt | $is_date)"
+call 200 PUT "/v1/vms/$original/ports/8000"
+holds ".hostname == \"$hostname\""
+call 200 GET "/v1/vms/$original/ports"
+holds 'map(.port) == [8000]'
+# outside: what the port's URL answers; its status is printed.
+outside() {
+    curl -sS --max-time 20 -o "$work/page" -D "$work/head" -w '%{http_code}' --cacert "$TIFFIN_INGRESS_CA" \
+        --resolve "$hostname:$port:127.0.0.1" "https://$hostname:$port/"
+}
+[[ $(outside) == 200 ]] || die "the port is not reached: $(<"$work/page")"
+grep -q 'Directory listing' "$work/page" || die "this is not what listens there: $(<"$work/page")"
+call 204 DELETE "/v1/vms/$original/ports/8000"
+[[ $(outside) == 404 ]] || die "the port is still reached: $(<"$work/page")"
+header 'X-Tiffin-Error: unknown_host'
+refused 400 PUT "/v1/vms/$original/ports/0" port
+
+say "==> logs of programs"
+# What commands print isn't kept: the sandbox has no program.
+call 200 GET "/v1/vms/$original/logs/search?query=hello&order=newest_first&batch=50"
+holds '.lines == []'
+refused 400 GET "/v1/vms/$original/logs/search?batch=7" batch
+refused 404 GET /v1/vms/vm-00000000000000/logs/stream VM
+
+say "==> imports"
+call 200 GET /v1/images/imports
+holds 'type == "array"'
+refused 400 POST /v1/image/import imageUri -H 'Content-Type: application/json' -d '{"imageUri": "no reference"}'
+header RateLimit-
+refused 400 GET '/v1/image/import?imageUri=10.0.0.1%2Fapp' "isn't public"
+refused 400 POST /cakework/v1/image/import "isn't public" -H 'Content-Type: application/json' -d '{"imageUri": "169.254.169.254/latest/meta-data"}'
+
 say "==> images"
 call 200 GET /v1/images
 holds 'any(.[]; .isDefault and .hasRootfs)'
@@ -187,6 +225,8 @@ ASM
 call 204 PUT "/v1/images/$image/kernel" "${octets[@]}" -T "$work/vmlinux"
 call 200 GET /v1/images
 holds "any(.[]; .id == \"$image\" and .hasKernel and .hasRootfs and .baseRootfsBytes > 0)"
+call 200 GET "/v1/images/$image"
+holds ".id == \"$image\" and .name == \"my-custom-image\""
 create "{\"cpu\": 1, \"memMb\": 128, \"allowIps\": [], \"imageId\": \"$image\"}"
 json 200 POST "/v1/vms/$vm/exec" '{"cmd": "cat /etc/marker"}'
 holds '.stdout == "made by hand\n"'

@@ -85,6 +85,16 @@ say "==> import"
 json 200 POST /v1/image/import "{\"imageUri\": \"$registry/web:v1\", \"password\": \"\"}"
 image=$(field .imageId)
 echo "$image" >>"$work/images"
+call 200 GET "/v1/images/$image"
+holds '.status == "ready" and .baseRootfsBytes > 0'
+# The same again, by the other method and in the other place: an image of its own, of the same content.
+call 200 GET "/v1/image/import?imageUri=$registry%2Fweb:v1&password="
+field .imageId >>"$work/images"
+json 200 POST /cakework/v1/image/import "{\"imageUri\": \"$registry/web:v1\", \"password\": \"\"}"
+field .imageId >>"$work/images"
+holds ".imageId != \"$image\""
+call 200 GET /v1/images/imports
+holds ". == []"
 json 400 POST /v1/image/import "{\"imageUri\": \"$registry/web:v2\", \"password\": \"\"}"
 json 400 POST /v1/image/import '{"imageUri": "no reference", "password": ""}'
 
@@ -113,11 +123,18 @@ holds '.lines[0].level == "error"'
 call 200 GET "/vms?status=started&imageId=$image"
 holds ".vms | map(.id) | index(\"$vm\")"
 call 200 GET "/v1/vms/vm-$vm"
+# Commands find the image's environment, and nothing of what the program was given.
+json 200 POST "/v1/vms/vm-$vm/exec" '{"cmd": "echo $GREETING by $PATH"}'
+holds '.stdout == "nobody by /bin\n"'
+call 200 GET "/v1/vms/vm-$vm/logs/search?query=SERVING&order=newest_first&batch=50"
+holds '.lines | length == 1 and .[0].message == "serving a secret" and .[0].level == "info"'
 call 200 POST "/v1/vm/$vm/stop"
 holds '. == {}'
 call 200 GET "/v1/vm/$vm"
 holds '.state == "destroyed"'
 logged "$vm" SERVING "serving a secret" || die "the log went with the VM"
+call 200 GET "/v1/vms/vm-$vm/logs/stream?tail=50"
+grep -q 'serving a secret' "$work/body" && grep -q '^event: end' "$work/body" || die "the stream isn't told to its end: $(<"$work/body")"
 call 409 POST "/v1/vm/$vm/stop"
 
 say "==> a cached VM"
