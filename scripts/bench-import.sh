@@ -78,7 +78,7 @@ start_server() {
     local listen
     listen=127.0.0.1:$(free_port)
     # Nothing is kept between rounds.
-    "$tiffin" serve --set engine=fake --listen "$listen" --data-dir "$work/data" --set registry.cache_mb=0 \
+    "$tiffin" serve --set engine=fake --listen "$listen" --data-dir "$work/data" --set registry.cache_mb=0 --set rate.import_per_min=0 \
         --write-key "$work/key" >"$work/server.log" 2>&1 &
     server_pid=$!
     export TIFFIN_URL=http://$listen
