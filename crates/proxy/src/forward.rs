@@ -177,9 +177,9 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         (1..=ID_CHARS).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
     };
     headers.get(REQUEST_ID).filter(is_sensible).cloned().unwrap_or_else(|| {
-        let bits: [u8; 10] = rand::random();
-        let id = format!("req-{}", hex::encode(bits));
-        HeaderValue::from_str(&id).expect("hexadecimal digits are a header's value")
+        let (bits, mut id) = (rand::random::<[u8; 10]>(), *b"req-00000000000000000000");
+        hex::encode_to_slice(bits, &mut id[4..]).expect("two digits for each byte");
+        HeaderValue::from_bytes(&id).expect("hexadecimal digits are a header's value")
     })
 }
 

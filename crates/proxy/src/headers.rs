@@ -62,7 +62,7 @@ pub(crate) fn set_forwarded(headers: &mut HeaderMap, peer: IpAddr, host: &Host, 
         Some(before) => format!("{before}, {peer}"),
         None => peer.to_string(),
     };
-    if let Ok(chain) = HeaderValue::from_str(&chain) {
+    if let Ok(chain) = HeaderValue::try_from(chain) {
         headers.insert(FORWARDED_FOR, chain);
     }
     if !(trusts && headers.contains_key(&FORWARDED_PROTO)) {

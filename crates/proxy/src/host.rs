@@ -39,16 +39,17 @@ impl Host {
         if authority.as_str().contains('@') {
             return Err(Refusal::BadRequest("a user in the host"));
         }
-        let name = normal(authority.host());
-        if sni.is_some_and(|sni| normal(sni) != name) {
+        let name = without_dot(authority.host());
+        if sni.is_some_and(|sni| !without_dot(sni).eq_ignore_ascii_case(name)) {
             return Err(Refusal::Misdirected);
         }
+        let name = name.to_ascii_lowercase();
         Ok(Self { authority, name })
     }
 }
 
-fn normal(name: &str) -> String {
-    name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
+fn without_dot(name: &str) -> &str {
+    name.strip_suffix('.').unwrap_or(name)
 }
 
 #[cfg(test)]

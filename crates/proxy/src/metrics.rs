@@ -1,9 +1,9 @@
 //! Measurements. Labels are outcomes and protocols, never names or what anybody sends.
 
-use std::time::Duration;
+use std::{sync::OnceLock, time::Duration};
 
 use http::{StatusCode, Version};
-use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{Counter, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 /// Says what each measurement is. The recorder is the caller's.
 pub fn describe() {
@@ -19,17 +19,16 @@ pub fn describe() {
     describe_counter!("tiffin_ingress_reused_total", "Requests that took a connection that was kept.");
 }
 
-/// A request was answered.
+/// A request was answered. Looking a histogram up by its labels costs as much as all else that is noted of a request, so it is
+/// done once for each.
 pub(crate) fn request(status: StatusCode, version: Version, took: Duration) {
-    let class = match status.as_u16() / 100 {
-        1 => "1xx",
-        2 => "2xx",
-        3 => "3xx",
-        4 => "4xx",
-        _ => "5xx",
-    };
-    let protocol = if version == Version::HTTP_2 { "h2" } else { "http1" };
-    histogram!("tiffin_ingress_request_duration_seconds", "status" => class, "protocol" => protocol).record(took);
+    const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+    const PROTOCOLS: [&str; 2] = ["http1", "h2"];
+    static HISTOGRAMS: [[OnceLock<Histogram>; 5]; 2] = [const { [const { OnceLock::new() }; 5] }; 2];
+    let class = usize::from(status.as_u16() / 100).clamp(1, 5) - 1;
+    let protocol = usize::from(version == Version::HTTP_2);
+    let new = || histogram!("tiffin_ingress_request_duration_seconds", "status" => CLASSES[class], "protocol" => PROTOCOLS[protocol]);
+    HISTOGRAMS[protocol][class].get_or_init(new).record(took);
 }
 
 /// The ingress answered itself.
@@ -49,7 +48,8 @@ pub(crate) fn dial(outcome: &'static str, took: Duration) {
 
 /// A connection was used again.
 pub(crate) fn reused() {
-    counter!("tiffin_ingress_reused_total").increment(1);
+    static REUSED: OnceLock<Counter> = OnceLock::new();
+    REUSED.get_or_init(|| counter!("tiffin_ingress_reused_total")).increment(1);
 }
 
 /// One of what is counted, until it is dropped.

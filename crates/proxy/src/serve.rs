@@ -3,12 +3,13 @@
 //! Invariants: connections are bounded, overall and per address, and each has its time for a handshake, a head and for
 //! doing nothing; at a shutdown what is under way goes on until the grace is over.
 
-use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use http::{Request, Response};
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
+    service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::server::ResolvesServerCert;
@@ -126,7 +127,8 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
             tracing::debug!(error = chain(&error), "TCP_NODELAY");
         }
         let places = Arc::new((place, of_address, Counted::connection()));
-        let (served, cut) = (serve(stream, peer, places), ingress.cut.clone());
+        // Its own: each poll looks at it, and looking at one that all share costs them more than it does this one.
+        let (served, cut) = (serve(stream, peer, places), ingress.cut.child_token());
         ingress.tasks.spawn(async move { cut.run_until_cancelled(served).await });
     }
 }
@@ -187,8 +189,8 @@ async fn serve_tls(
 async fn serve_http1(client: &Arc<Client>, stream: Socket) -> hyper::Result<()> {
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(client.ingress.config.idle_timeout).max_header_size(HEAD);
-    let service = Service(Arc::clone(client));
-    drive(client, builder.serve_connection(TokioIo::new(stream), service).with_upgrades()).await
+    let connection = builder.serve_connection(TokioIo::new(stream), answering(client)).with_upgrades();
+    drive(client, connection, |connection| connection.graceful_shutdown()).await
 }
 
 async fn serve_http2(client: &Arc<Client>, stream: Socket) -> hyper::Result<()> {
@@ -205,36 +207,26 @@ async fn serve_http2(client: &Arc<Client>, stream: Socket) -> hyper::Result<()> 
         .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(PING)
         .keep_alive_timeout(PING);
-    drive(client, builder.serve_connection(TokioIo::new(stream), Service(Arc::clone(client)))).await
+    let connection = builder.serve_connection(TokioIo::new(stream), answering(client));
+    drive(client, connection, |connection| connection.graceful_shutdown()).await
 }
 
-/// A connection that can be told to end after what is under way.
-trait Graceful: Future<Output = hyper::Result<()>> {
-    fn end(self: Pin<&mut Self>);
-}
-
-impl Graceful for http1::UpgradeableConnection<TokioIo<Socket>, Service> {
-    fn end(self: Pin<&mut Self>) {
-        self.graceful_shutdown();
-    }
-}
-
-impl Graceful for http2::Connection<TokioIo<Socket>, Service, Tracked> {
-    fn end(self: Pin<&mut Self>) {
-        self.graceful_shutdown();
-    }
-}
-
-/// Serves a connection to its end, to the end of what is under way at a shutdown, or until it is of no more use.
-async fn drive(client: &Client, connection: impl Graceful) -> hyper::Result<()> {
+/// Serves a connection to its end, to the end of what is under way at a shutdown, or until it is of no more use. By `end` it
+/// is told to end after what is under way.
+async fn drive<C: Future<Output = hyper::Result<()>>>(
+    client: &Client,
+    connection: C,
+    end: impl FnOnce(Pin<&mut C>),
+) -> hyper::Result<()> {
     let mut connection = std::pin::pin!(connection);
     let (idle, stream) = (client.ingress.config.idle_timeout, client.ingress.config.stream_timeout);
+    let shutdown = client.ingress.shutdown.child_token();
     tokio::select! {
         served = connection.as_mut() => return served,
         is_idle = client.activity.stale(idle, stream) => if !is_idle { return Ok(()) },
-        () = client.ingress.shutdown.cancelled() => {}
+        () = shutdown.cancelled() => {}
     }
-    connection.as_mut().end();
+    end(connection.as_mut());
     client.activity.touch();
     tokio::select! {
         served = connection => served,
@@ -242,16 +234,19 @@ async fn drive(client: &Client, connection: impl Graceful) -> hyper::Result<()> 
     }
 }
 
-/// Answers the requests of one connection.
-struct Service(Arc<Client>);
-
-impl hyper::service::Service<Request<Incoming>> for Service {
-    type Response = Response<ResponseBody>;
-    type Error = std::convert::Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
-
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let client = Arc::clone(&self.0);
-        Box::pin(async move { Ok(forward::answer(&client, request).await) })
-    }
+/// Answers the requests of one connection. Its futures have no box of their own: they are large, and HTTP/1 has a place for
+/// one at a time.
+fn answering(
+    client: &Arc<Client>,
+) -> impl hyper::service::Service<
+    Request<Incoming>,
+    Response = Response<ResponseBody>,
+    Error = Infallible,
+    Future: Future<Output = Result<Response<ResponseBody>, Infallible>> + Send + 'static,
+> + use<> {
+    let client = Arc::clone(client);
+    service_fn(move |request| {
+        let client = Arc::clone(&client);
+        async move { Ok(forward::answer(&client, request).await) }
+    })
 }

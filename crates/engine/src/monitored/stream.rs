@@ -22,8 +22,11 @@ pub(super) struct GuestStream {
 }
 
 impl GuestStream {
+    /// A connection of the run that ends when `over` is cancelled. It has a token of its own, as each poll looks at it: one
+    /// that all of a busy VM's connections share is fought over.
     pub(super) fn new(tcp: TcpStream, over: &CancellationToken) -> Self {
-        Self { tcp: Box::pin(tcp), over: Box::pin(over.clone().cancelled_owned()), token: over.clone() }
+        let token = over.child_token();
+        Self { tcp: Box::pin(tcp), over: Box::pin(token.clone().cancelled_owned()), token }
     }
 
     /// Fails once the run is over. The future is done with after that, so the token answers from then on.
