@@ -21,6 +21,8 @@ pub struct ProxyConfig {
     pub write_timeout: Duration,
     /// How long a connection into a VM may take to come about.
     pub dial_timeout: Duration,
+    /// How long a request waits for a program to listen that has not listened yet since its VM was started.
+    pub listen_patience: Duration,
     /// How long a program may take from the last byte of a request until its answer begins.
     pub answer_timeout: Duration,
     /// How long an answer, a WebSocket or a gRPC stream may be silent.
@@ -49,6 +51,7 @@ impl Default for ProxyConfig {
             body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(60),
             dial_timeout: Duration::from_secs(5),
+            listen_patience: Duration::from_secs(3),
             answer_timeout: Duration::from_secs(120),
             stream_timeout: Duration::from_secs(3600),
             keep: Duration::from_millis(1500),

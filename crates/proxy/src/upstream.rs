@@ -2,13 +2,16 @@
 //!
 //! Invariants: a connection is kept only when its request and its answer are over, and for a short while: a program that
 //! closes what is idle, and a VM that is to be saved, shouldn't meet one. One that the program closed meanwhile isn't used.
-//! A backend's connections end with it. What was sent once isn't sent again unless repeating it means nothing.
+//! A program that has not listened yet is waited for, one that no longer does is not. A backend's connections end with it. What was sent once isn't sent again unless repeating it means nothing.
 
 mod lease;
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -31,6 +34,9 @@ use crate::{
 
 /// How long a connection may take to be ready again after its last answer.
 const READY: Duration = Duration::from_millis(50);
+/// How soon it is looked again whether a program listens that comes up, and how seldom in the end.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LAST_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of an answer's head.
 const HEAD: usize = 64 * 1024;
 /// Bytes of an HTTP/2 stream that a program may send ahead, and of all of a connection's.
@@ -60,6 +66,8 @@ pub struct Backend {
     upstreams: Arc<Upstreams>,
     places: Arc<Semaphore>,
     kept: Mutex<Kept>,
+    /// Somebody took a connection since it was last said that the program starts anew.
+    has_listened: AtomicBool,
     /// gRPC's connection, which all its requests share.
     shared: tokio::sync::Mutex<Option<Shared>>,
 }
@@ -94,6 +102,7 @@ impl Backend {
             upstreams: Arc::clone(upstreams),
             places: Arc::new(Semaphore::new(most)),
             kept: Mutex::default(),
+            has_listened: AtomicBool::new(false),
             shared: tokio::sync::Mutex::default(),
         })
     }
@@ -106,6 +115,11 @@ impl Backend {
         if shared.as_ref().is_some_and(|shared| Arc::strong_count(&shared.place) == 1) {
             *shared = None;
         }
+    }
+
+    /// The program is to start, or starts anew: until it listens, requests wait for that a while.
+    pub fn starts_anew(&self) {
+        self.has_listened.store(false, Ordering::Relaxed);
     }
 
     /// A connection for a request of HTTP/1: one that was kept unless `fresh`, else a new one.
@@ -168,6 +182,22 @@ impl Backend {
             Ok(Ok(place)) => place,
             Ok(Err(_)) | Err(_) => return Err(DialError::Busy),
         };
+        let (deadline, mut pause) = (Instant::now() + self.upstreams.config.listen_patience, FIRST_PAUSE);
+        loop {
+            match self.dial_once(limit).await {
+                // A program takes a moment to come up, and its users know no better than to ask at once.
+                Err(DialError::Refused)
+                    if !self.has_listened.load(Ordering::Relaxed) && Instant::now() + pause < deadline =>
+                {
+                    tokio::time::sleep(pause).await;
+                    pause = LAST_PAUSE.min(2 * pause);
+                }
+                dialled => return dialled.map(|connection| (connection, place)),
+            }
+        }
+    }
+
+    async fn dial_once(&self, limit: Duration) -> Result<Connection, DialError> {
         let began = Instant::now();
         let dialled = timeout(limit, self.way.dial()).await.unwrap_or(Err(DialError::TimedOut));
         let outcome = match &dialled {
@@ -179,7 +209,10 @@ impl Backend {
             Err(DialError::Failed(_)) => "failed",
         };
         metrics::dial(outcome, began.elapsed());
-        dialled.map(|connection| (connection, place))
+        if dialled.is_ok() {
+            self.has_listened.store(true, Ordering::Relaxed);
+        }
+        dialled
     }
 
     fn run(&self, connection: impl Future<Output = hyper::Result<()>> + Send + 'static) {

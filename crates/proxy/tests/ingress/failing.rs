@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use tiffin_proxy::{Connection, Dial, DialError, ProxyConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::harness::{HOST, Site, Way, full, get, http_program, program, read_head, text, within};
+use crate::harness::{HOST, PATIENCE, Site, Way, full, get, http_program, program, read_head, text, within};
 
 /// A way that fails as it is told.
 struct Fails(Failure);
@@ -34,8 +34,8 @@ impl Dial for Fails {
 
 fn quick() -> ProxyConfig {
     let (dial_timeout, answer_timeout) = (Duration::from_millis(200), Duration::from_millis(200));
-    let body_timeout = Duration::from_millis(300);
-    ProxyConfig { dial_timeout, answer_timeout, body_timeout, ..ProxyConfig::default() }
+    let (body_timeout, listen_patience) = (Duration::from_millis(300), Duration::from_millis(50));
+    ProxyConfig { dial_timeout, answer_timeout, body_timeout, listen_patience, ..ProxyConfig::default() }
 }
 
 async fn ask(site: &Site) -> Response<Incoming> {
@@ -86,21 +86,53 @@ async fn each_way_not_to_be_there_is_told_apart() {
     }
 }
 
-#[tokio::test]
-async fn a_port_where_nothing_listens_yet_is_served_once_something_does() {
-    let site = Site::start().await;
+/// A way to where nothing listens so far.
+fn nowhere() -> Way {
     let reserved = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let way = Way::to(reserved.local_addr().unwrap());
-    drop(reserved);
-    site.route(way.clone());
-    is(&ask(&site).await, 502, "not_listening");
+    Way::to(reserved.local_addr().unwrap())
+}
+
+/// Answers one request there, and is gone.
+async fn answer_one(way: &Way) {
     let listener = tokio::net::TcpListener::bind(way.to).await.unwrap();
     crate::harness::run(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
+        drop(listener);
         read_head(&mut stream).await;
-        stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+        stream.write_all(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n").await.unwrap();
     });
+}
+
+#[tokio::test]
+async fn a_port_where_nothing_listens_yet_is_served_once_something_does() {
+    let (site, way) = (Site::start_with(quick()).await, nowhere());
+    site.route(way.clone());
+    is(&ask(&site).await, 502, "not_listening");
+    answer_one(&way).await;
     assert_eq!(ask(&site).await.status(), StatusCode::NO_CONTENT);
+}
+
+#[tokio::test]
+async fn a_program_that_comes_up_is_waited_for_and_one_that_has_gone_is_not() {
+    let patient = ProxyConfig { listen_patience: PATIENCE, ..ProxyConfig::default() };
+    let (site, way) = (Site::start_with(patient).await, nowhere());
+    let backend = site.route(way.clone());
+    let comes_up = async |after: usize| {
+        let up = async {
+            while way.dials() < after {
+                tokio::task::yield_now().await;
+            }
+            answer_one(&way).await;
+        };
+        let (answer, ()) = tokio::join!(ask(&site), up);
+        assert_eq!(answer.status(), StatusCode::NO_CONTENT);
+    };
+    comes_up(3).await;
+    let dials = way.dials();
+    is(&ask(&site).await, 502, "not_listening");
+    assert_eq!(way.dials(), dials + 1, "it has listened, so it isn't coming up");
+    backend.starts_anew();
+    comes_up(dials + 4).await;
 }
 
 #[tokio::test]

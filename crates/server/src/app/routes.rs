@@ -139,6 +139,7 @@ impl PortRoute {
         if state != VmState::Running {
             // One into a paused VM would wait for its answer.
             self.backend.close_idle();
+            self.backend.starts_anew();
         }
     }
 }
