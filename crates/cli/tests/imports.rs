@@ -6,6 +6,8 @@
     reason = "a test fails by panicking and ends with its runtime"
 )]
 
+#[path = "vms/busybox.rs"]
+mod busybox;
 #[path = "vms/harness.rs"]
 mod harness;
 #[path = "../../server/tests/api/registry.rs"]
@@ -29,26 +31,10 @@ const ANY_DISK: &str = "images.min_free_disk_mb=64";
 
 /// Busybox with a user of its own, and a layer above that changes it.
 fn busybox() -> Image {
-    let folder = tempfile::tempdir().unwrap();
-    let tree = folder.path();
-    for name in ["bin", "etc", "srv"] {
-        fs::create_dir(tree.join(name)).unwrap();
-    }
-    fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
-    for name in ["sh", "cat", "dd", "id", "ls", "rm", "sleep", "pwd"] {
-        std::os::unix::fs::symlink("busybox", tree.join("bin").join(name)).unwrap();
-    }
-    fs::write(tree.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nwww:x:1234:1234::/srv:/bin/sh\n").unwrap();
-    fs::write(tree.join("etc/group"), "www:x:1234:\n").unwrap();
-    fs::write(tree.join("srv/old"), "old").unwrap();
-    fs::create_dir(tree.join("srv/out")).unwrap();
-    fs::set_permissions(tree.join("srv/out"), fs::Permissions::from_mode(0o777)).unwrap();
-    let packed = Command::new("tar").args(["-c", "--owner=0", "--group=0", "-C"]).arg(tree).arg(".").output().unwrap();
-    assert!(packed.status.success());
     let above = tar(&[("srv/.wh.old", ""), ("srv/marker", "imported\n")]);
     let config = json!({ "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["id -u > out/who; pwd >> out/who; sleep 600"], "Env": ["PATH=/bin"], "User": "www",
         "WorkingDir": "/srv" });
-    Image::new(&[packed.stdout, above], &config)
+    Image::new(&[busybox::layer(&["sh", "cat", "dd", "id", "ls", "rm", "sleep", "pwd"]), above], &config)
 }
 
 async fn import(site: &Site, uri: &str) -> String {

@@ -8,19 +8,21 @@
 
 #[path = "vms/harness.rs"]
 mod harness;
+#[path = "vms/outside.rs"]
+mod outside;
 #[path = "vms/server.rs"]
 mod server;
 
-use std::{fs, net::SocketAddr, process::Command, sync::Arc, time::Duration};
+use std::{fs, sync::Arc, time::Duration};
 
 use futures_util::{SinkExt, StreamExt};
-use harness::eventually;
+use outside::Outside;
 use rustls::{
     ClientConfig, RootCertStore,
     crypto::ring,
     pki_types::{CertificateDer, ServerName, pem::PemObject},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use server::Site;
 use tiffin_types::id::VmId;
 use tokio::net::TcpStream;
@@ -64,47 +66,6 @@ grpc.on('stream', (s, h) => {
 grpc.listen(8081);
 "#;
 
-/// A port of a VM as a client outside sees it.
-struct Outside<'a> {
-    site: &'a Site,
-    folder: tempfile::TempDir,
-    hostname: String,
-    url: String,
-    address: SocketAddr,
-    authority: String,
-}
-
-impl<'a> Outside<'a> {
-    async fn expose(site: &'a Site, id: &VmId, port: u16) -> Self {
-        let exposed = site.ask("PUT", &format!("/v1/vms/{id}/ports/{port}"), None).await;
-        assert_eq!(exposed.status, 200, "{exposed:?}");
-        let ingress = site.ask("GET", "/v1/ingress", None).await.body;
-        let text = |body: &Value, name: &str| body[name].as_str().unwrap().to_owned();
-        let (folder, authority) = (tempfile::tempdir().unwrap(), text(&ingress, "caCertificate"));
-        fs::write(folder.path().join("ca.pem"), &authority).unwrap();
-        let port = u16::try_from(ingress["port"].as_u64().unwrap()).unwrap();
-        let (hostname, url) = (text(&exposed.body, "hostname"), text(&exposed.body, "url"));
-        Self { site, folder, hostname, url, address: ([127, 0, 0, 1], port).into(), authority }
-    }
-
-    /// What curl gets, which trusts nothing but the ingress's own authority: the status, and the answer with its head.
-    async fn curl(&self, path: &str, more: &[&str]) -> (u16, String) {
-        let (authority, body) = (self.folder.path().join("ca.pem"), self.folder.path().join("body"));
-        let resolve = format!("{}:{}:127.0.0.1", self.hostname, self.address.port());
-        let mut curl = Command::new("curl");
-        curl.args(["-sS", "-i", "--max-time", "280", "-w", "%{http_code}", "--noproxy", "*", "--resolve", &resolve]);
-        curl.arg("--cacert").arg(authority).arg("-o").arg(&body).args(more).arg(format!("{}{path}", self.url));
-        let out = tokio::task::spawn_blocking(move || curl.output().unwrap()).await.unwrap();
-        assert!(out.status.success(), "{}\n{}", String::from_utf8_lossy(&out.stderr), self.site.log());
-        let status = String::from_utf8(out.stdout).unwrap().parse().unwrap();
-        (status, String::from_utf8_lossy(&fs::read(body).unwrap()).into_owned())
-    }
-
-    async fn until_listening(&self) {
-        eventually("the program listens", async || self.curl("seen", &[]).await.0 != 502).await;
-    }
-}
-
 async fn start_program(site: &Site) -> VmId {
     let vm = json!({ "cpu": 1, "memMb": 512, "allowIps": [] });
     let id = site.ask("POST", "/v1/vms", Some(vm)).await.id();
@@ -128,7 +89,7 @@ async fn what_listens_in_a_vm_is_reached_by_its_url_and_what_does_not_is_told_ap
         assert_eq!(status, 502, "{answer}");
         assert!(answer.contains("x-tiffin-error: not_listening"), "{answer}");
         run_program(&site, &id).await;
-        web.until_listening().await;
+        web.until_listening("seen").await;
 
         let (status, answer) = web.curl("seen", &["-H", "X-Forwarded-For: 1.2.3.4", "--http1.1"]).await;
         assert_eq!(status, 200, "{answer}");
@@ -157,7 +118,7 @@ async fn what_listens_in_a_vm_is_reached_by_its_url_and_what_does_not_is_told_ap
         assert_eq!(got, status, "after {verb}: {answer}");
     }
     run_program(&site, &id).await;
-    web.until_listening().await;
+    web.until_listening("seen").await;
     site.delete(&id).await;
     assert_eq!(web.curl("seen", &[]).await.0, 404);
     site.is_tidy().await;
