@@ -25,3 +25,13 @@ $(head -c 2000 "$work/body")"
 
 # field FILTER: what the filter finds in the last answer.
 field() { jq -r "$1" "$work/body"; }
+
+# until_ok SECONDS COMMAND...: tries again until it succeeds.
+until_ok() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        ((SECONDS < end)) || return 1
+        sleep 0.1
+    done
+}
