@@ -5,6 +5,7 @@
 //! where to go on, and never leaves a line out.
 
 mod scan;
+mod seek;
 
 use std::{
     io,

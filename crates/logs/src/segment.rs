@@ -132,11 +132,11 @@ impl Segment {
     /// The places of the lines between two times, both included.
     pub(crate) fn between(&self, from_ms: Option<i64>, to_ms: Option<i64>) -> io::Result<Range<u64>> {
         let begin = match from_ms {
-            Some(from) => self.first_place(|time| time >= from)?,
+            Some(from) => self.first_place(0..self.count, |record| self.time_ms(record) >= from)?,
             None => 0,
         };
         let end = match to_ms {
-            Some(to) => self.first_place(|time| time > to)?,
+            Some(to) => self.first_place(0..self.count, |record| self.time_ms(record) > to)?,
             None => self.count,
         };
         Ok(begin..end.max(begin))
@@ -151,13 +151,31 @@ impl Segment {
         Ok(first.first().zip(last.first()).map(|(first, last)| (self.time_ms(first), self.time_ms(last))))
     }
 
-    /// The first place whose time `is_past`; times don't go back within a segment.
-    fn first_place(&self, is_past: impl Fn(i64) -> bool) -> io::Result<u64> {
-        let (mut low, mut high) = (0, self.count);
+    /// Where the text of those lines begins and ends, as far as there is text.
+    pub(crate) fn text_range(&self, places: &Range<u64>) -> io::Result<Range<u64>> {
+        // The text of a line begins where that of the one before ends.
+        let border = |place: u64| match place.checked_sub(1) {
+            Some(before) => Ok(self.records(before..place)?.first().map_or(0, |record| u64::from(record.end) + 1)),
+            None => io::Result::Ok(0),
+        };
+        let begin = border(places.start)?;
+        // A damaged record may claim any.
+        let end = border(places.end)?.min(self.text.metadata()?.len());
+        Ok(begin..end.max(begin))
+    }
+
+    /// Which of those lines a byte of the text is in, or a line feed before.
+    pub(crate) fn line_at(&self, places: &Range<u64>, byte: u64) -> io::Result<u64> {
+        self.first_place(places.clone(), |record| u64::from(record.end) > byte)
+    }
+
+    /// The first of those places whose record `is_past`. Neither times nor the text's places go back within a segment.
+    fn first_place(&self, places: Range<u64>, is_past: impl Fn(&Record) -> bool) -> io::Result<u64> {
+        let (mut low, mut high) = (places.start, places.end);
         while low < high {
             let middle = low + (high - low) / 2;
             match self.records(middle..middle + 1)?.first() {
-                Some(record) if !is_past(self.time_ms(record)) => low = middle + 1,
+                Some(record) if !is_past(record) => low = middle + 1,
                 Some(_) | None => high = middle,
             }
         }

@@ -2,7 +2,10 @@
 
 use std::{io, ops::Range, time::Instant};
 
-use super::{Line, Query, level};
+use super::{
+    Line, Query, level,
+    seek::{Seeker, Sought},
+};
 use crate::{
     level::level_of,
     record::{Kind, Record},
@@ -11,6 +14,8 @@ use crate::{
 
 /// Records that are read at once.
 const CHUNK_RECORDS: u64 = 4096;
+/// The same where a text was found: others may be near.
+const FOUND_RECORDS: u64 = 256;
 /// Bytes of text that are read at once.
 const CHUNK_BYTES: u64 = 512 * 1024;
 /// More than a line can have; what says it has more is damaged.
@@ -25,6 +30,8 @@ pub(super) struct Scan<'a> {
     pub(super) lines: Vec<Line>,
     bytes: usize,
     text: Vec<u8>,
+    /// Finds the lines that have the query's text, if it has one.
+    seeker: Option<Seeker<'a>>,
     /// A page always gets on by a chunk, whatever time it has.
     has_looked: bool,
 }
@@ -37,37 +44,44 @@ struct Chunk<'a> {
     /// Where the first one's text begins in the segment.
     begin: u64,
     records: Vec<Record>,
-    text: &'a [u8],
+    text: Vec<u8>,
 }
 
 impl<'a> Scan<'a> {
     pub(super) fn new(query: &'a Query, begun: Instant) -> Self {
-        Self { query, begun, lines: Vec::new(), bytes: 0, text: Vec::new(), has_looked: false }
+        let seeker = query.text.as_ref().map(Seeker::new);
+        Self { query, begun, lines: Vec::new(), bytes: 0, text: Vec::new(), seeker, has_looked: false }
     }
 
     /// Takes lines from that place of the segment on. Says up to where it got, and whether that is all.
     pub(super) fn forwards(&mut self, segment: &Segment, from: u64) -> io::Result<(u64, bool)> {
         let wanted = self.wanted(segment)?;
         let mut at = from.max(wanted.start);
-        let mut text = std::mem::take(&mut self.text);
         while at < wanted.end {
             if self.is_over() {
-                self.text = text;
                 return Ok((at, false));
             }
             self.has_looked = true;
-            let chunk = Chunk::forwards(segment, at..(at + self.records()).min(wanted.end), &mut text)?;
-            for nth in chunk.matching(self.query) {
+            if let Some(seeker) = &mut self.seeker {
+                let is_late = || self.begun.elapsed() >= self.query.budget.time;
+                match seeker.first(segment, &(at..wanted.end), is_late)? {
+                    Sought::Found(line) => at = line,
+                    Sought::Through => break,
+                    Sought::Late(line) => return Ok((line, false)),
+                }
+            }
+            let places = at..(at + self.records()).min(wanted.end);
+            let chunk = Chunk::forwards(segment, places, std::mem::take(&mut self.text))?;
+            for nth in chunk.matching(self.seeker.as_ref()) {
                 if self.is_full() {
-                    self.text = text;
                     return Ok((at, false));
                 }
                 self.take(chunk.line(nth));
                 at = chunk.first + nth as u64 + 1;
             }
             at = chunk.end();
+            self.text = chunk.text;
         }
-        self.text = text;
         Ok((segment.count, true))
     }
 
@@ -75,25 +89,31 @@ impl<'a> Scan<'a> {
     pub(super) fn backwards(&mut self, segment: &Segment, until: u64) -> io::Result<(u64, bool)> {
         let wanted = self.wanted(segment)?;
         let mut at = until.min(wanted.end);
-        let mut text = std::mem::take(&mut self.text);
         while at > wanted.start {
             if self.is_over() {
-                self.text = text;
                 return Ok((at, false));
             }
             self.has_looked = true;
-            let chunk = Chunk::backwards(segment, at.saturating_sub(self.records()).max(wanted.start)..at, &mut text)?;
-            for nth in chunk.matching(self.query).into_iter().rev() {
+            if let Some(seeker) = &mut self.seeker {
+                let is_late = || self.begun.elapsed() >= self.query.budget.time;
+                match seeker.last(segment, &(wanted.start..at), is_late)? {
+                    Sought::Found(line) => at = line + 1,
+                    Sought::Through => break,
+                    Sought::Late(line) => return Ok((line + 1, false)),
+                }
+            }
+            let places = at.saturating_sub(self.records()).max(wanted.start)..at;
+            let chunk = Chunk::backwards(segment, places, std::mem::take(&mut self.text))?;
+            for nth in chunk.matching(self.seeker.as_ref()).into_iter().rev() {
                 if self.is_full() {
-                    self.text = text;
                     return Ok((at, false));
                 }
                 self.take(chunk.line(nth));
                 at = chunk.first + nth as u64;
             }
             at = chunk.first;
+            self.text = chunk.text;
         }
-        self.text = text;
         Ok((0, true))
     }
 
@@ -105,7 +125,7 @@ impl<'a> Scan<'a> {
     /// How many records are worth reading.
     fn records(&self) -> u64 {
         match self.query.text {
-            Some(_) => CHUNK_RECORDS,
+            Some(_) => FOUND_RECORDS,
             None => CHUNK_RECORDS.min(self.query.batch.saturating_sub(self.lines.len()).max(1) as u64),
         }
     }
@@ -126,7 +146,7 @@ impl<'a> Scan<'a> {
 
 impl<'a> Chunk<'a> {
     /// The first of those places that fit.
-    fn forwards(segment: &'a Segment, places: Range<u64>, text: &'a mut Vec<u8>) -> io::Result<Self> {
+    fn forwards(segment: &'a Segment, places: Range<u64>, text: Vec<u8>) -> io::Result<Self> {
         let (mut records, begin) = with_begin(segment, places.clone())?;
         let fitting = records.partition_point(|record| u64::from(record.end) < begin + CHUNK_BYTES);
         records.truncate(fitting.max(1));
@@ -134,7 +154,7 @@ impl<'a> Chunk<'a> {
     }
 
     /// The last of those places that fit.
-    fn backwards(segment: &'a Segment, places: Range<u64>, text: &'a mut Vec<u8>) -> io::Result<Self> {
+    fn backwards(segment: &'a Segment, places: Range<u64>, text: Vec<u8>) -> io::Result<Self> {
         let (mut records, mut begin) = with_begin(segment, places.clone())?;
         let end = records.last().map_or(begin, |record| u64::from(record.end));
         let skipped = records
@@ -147,15 +167,9 @@ impl<'a> Chunk<'a> {
         Self::read(segment, places.start + skipped as u64, begin, records, text)
     }
 
-    fn read(
-        segment: &'a Segment,
-        first: u64,
-        begin: u64,
-        records: Vec<Record>,
-        text: &'a mut Vec<u8>,
-    ) -> io::Result<Self> {
+    fn read(segment: &'a Segment, first: u64, begin: u64, records: Vec<Record>, mut text: Vec<u8>) -> io::Result<Self> {
         let end = records.last().map_or(begin, |record| u64::from(record.end) + 1);
-        segment.text(begin..end.clamp(begin, begin + CHUNK_BYTES + LINE_BYTES_MAX), text)?;
+        segment.text(begin..end.clamp(begin, begin + CHUNK_BYTES + LINE_BYTES_MAX), &mut text)?;
         Ok(Self { segment, first, begin, records, text })
     }
 
@@ -164,10 +178,10 @@ impl<'a> Chunk<'a> {
     }
 
     /// Which of the chunk's lines are wanted.
-    fn matching(&self, query: &Query) -> Vec<usize> {
-        let Some(needle) = &query.text else { return (0..self.records.len()).collect() };
+    fn matching(&self, seeker: Option<&Seeker<'_>>) -> Vec<usize> {
+        let Some(seeker) = seeker else { return (0..self.records.len()).collect() };
         let mut matching: Vec<usize> = Vec::new();
-        for place in needle.places(self.text) {
+        for place in seeker.places(&self.text) {
             let place = self.begin + place as u64;
             // Ends grow; where damage makes them not, some line is found, and none twice.
             let nth = self.records.partition_point(|record| u64::from(record.end) <= place);
