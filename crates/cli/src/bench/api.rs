@@ -70,6 +70,31 @@ impl Api {
         Ok(id)
     }
 
+    /// Starts an image's program; its VM, as the first dialect names it.
+    pub(super) async fn start_program(&self, body: &Value) -> anyhow::Result<VmId> {
+        let vm = self.client.post("/v1/vm/start", Some(body)).await?;
+        let id: VmId = format!("vm-{}", field(&vm, "id")).parse()?;
+        self.created.borrow_mut().insert(id.clone());
+        Ok(id)
+    }
+
+    /// The state of a program's VM, in the words of its dialect.
+    pub(super) async fn program_state(&self, id: &VmId) -> anyhow::Result<String> {
+        let name = id.as_str().trim_start_matches("vm-");
+        Ok(field(&self.client.get(&format!("/v1/vm/{name}")).await?, "state"))
+    }
+
+    /// A page of what a VM's program printed.
+    pub(super) async fn lines(&self, id: &VmId, query: &str) -> anyhow::Result<Vec<Value>> {
+        let mut page = self.client.get(&format!("/v1/vms/{id}/logs/search?batch=50&{query}")).await?;
+        serde_json::from_value(page["lines"].take()).context("a page of lines")
+    }
+
+    /// Counts a VM as deleted that went by itself.
+    pub(super) fn forget(&self, id: &VmId) {
+        self.created.borrow_mut().remove(id);
+    }
+
     /// Runs a command and returns when its first output is here.
     pub(super) async fn first_output(&self, id: &VmId, command: &str) -> anyhow::Result<()> {
         let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("text/event-stream"))]);

@@ -14,6 +14,7 @@ mod files;
 mod host;
 mod logs;
 mod pool;
+mod program;
 mod raw;
 mod report;
 mod script;
@@ -68,6 +69,9 @@ pub(crate) struct BenchArgs {
     /// The runsc to measure
     #[arg(long, value_name = "FILE", env = "TIFFIN_RUNSC")]
     runsc: Option<PathBuf>,
+    /// For the scenario `program`: an image whose program prints as fast as it can for some seconds
+    #[arg(long, value_name = "ID")]
+    program_image: Option<String>,
     /// Measure the platform alone
     #[arg(long)]
     no_raw: bool,
@@ -93,6 +97,8 @@ enum Which {
     Density,
     /// The store of what programs print, against grep; only by name, as it needs no VM
     Logs,
+    /// A program's lines on their way into its log; only by name, as it needs an image
+    Program,
 }
 
 impl Which {
@@ -111,6 +117,7 @@ impl Which {
             Which::Burst => "burst",
             Which::Density => "density",
             Which::Logs => "logs",
+            Which::Program => "program",
         }
     }
 }
@@ -124,6 +131,7 @@ struct Bench {
     /// `Err` says why runsc isn't measured.
     raw: Result<Raw, String>,
     data_dir: PathBuf,
+    program_image: Option<String>,
     quick: bool,
 }
 
@@ -152,7 +160,8 @@ pub(crate) async fn run(args: BenchArgs) -> Result<ExitCode, Failure> {
     client.get("/v1/vms").await?;
     let raw =
         if args.no_raw { Err("--no-raw".to_owned()) } else { Raw::new(&args).await.map_err(|e| format!("{e:#}")) };
-    let bench = Bench { api: Api::new(client), raw, data_dir: args.data_dir.clone(), quick: args.quick };
+    let (data_dir, program_image) = (args.data_dir.clone(), args.program_image.clone());
+    let bench = Bench { api: Api::new(client), raw, data_dir, program_image, quick: args.quick };
     let chosen = if args.scenarios.is_empty() { Which::USUAL.to_vec() } else { args.scenarios.clone() };
     let mut report = Report { environment: Environment::read(&bench).await, scenarios: Vec::new() };
     for which in chosen {
@@ -181,6 +190,7 @@ async fn measure(bench: &Bench, which: Which) -> Result<Scenario, Failure> {
             Which::Burst => burst::run(bench).await,
             Which::Density => density::run(bench).await,
             Which::Logs => logs::run(bench).await,
+            Which::Program => program::run(bench).await,
         }
     };
     let outcome = tokio::select! {
