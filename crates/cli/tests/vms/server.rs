@@ -19,7 +19,7 @@ use nix::{
 use serde_json::{Value, json};
 use tiffin_engine::host::{cgroup::Cgroups, network::host_link};
 use tiffin_store::{NewImage, Store};
-use tiffin_types::id::VmId;
+use tiffin_types::id::{Digest, ImageId, VmId};
 
 use crate::harness::{eventually, link_image, monitor_pid, required};
 
@@ -67,18 +67,9 @@ impl Site {
     /// The same with the data in a folder that the caller chose.
     pub(crate) async fn start_on(folder: tempfile::TempDir, data: PathBuf, settings: &[&str]) -> Self {
         let digest = link_image(&data);
-        let store = Store::open(&format!("sqlite://{}", data.join("tiffin.db").display())).await.unwrap();
-        let image = NewImage {
-            account_id: None,
-            name: "default".to_owned(),
-            description: String::new(),
-            digest: Some(digest),
-            size_bytes: 1,
-            rootfs_bytes: 1,
-            config: json!({}),
-        };
-        let image = store.image_insert(image).await.unwrap();
-        assert!(store.image_set_default(&image.id).await.unwrap());
+        let image = insert_image(&data, "default", digest, json!({})).await;
+        let store = open_store(&data).await;
+        assert!(store.image_set_default(&image).await.unwrap());
         store.close().await;
         let mut site = Self {
             run: folder.path().join("run"),
@@ -91,6 +82,14 @@ impl Site {
         };
         site.serve(None).await;
         site
+    }
+
+    /// Adds an image of the default one's files and a configuration of its own, while no server runs.
+    pub(crate) async fn add_image(&self, name: &str, config: Value) -> ImageId {
+        assert!(self.server.is_none(), "a server runs");
+        let blob = fs::read_dir(self.data.join("images/sha256")).unwrap().next().unwrap().unwrap().path();
+        let digest = format!("sha256:{}", blob.file_stem().unwrap().to_str().unwrap()).parse().unwrap();
+        insert_image(&self.data, name, digest, config).await
     }
 
     fn command(&self, port: u16, fault: Option<&str>) -> Command {
@@ -191,6 +190,26 @@ impl Site {
     pub(crate) fn folder(&self, id: &VmId) -> PathBuf {
         self.data.join("vms").join(id.as_str())
     }
+}
+
+async fn open_store(data: &Path) -> Store {
+    Store::open(&format!("sqlite://{}", data.join("tiffin.db").display())).await.unwrap()
+}
+
+async fn insert_image(data: &Path, name: &str, digest: Digest, config: Value) -> ImageId {
+    let image = NewImage {
+        account_id: None,
+        name: name.to_owned(),
+        description: String::new(),
+        digest: Some(digest),
+        size_bytes: 1,
+        rootfs_bytes: 1,
+        config,
+    };
+    let store = open_store(data).await;
+    let image = store.image_insert(image).await.unwrap();
+    store.close().await;
+    image.id
 }
 
 /// Requests.
