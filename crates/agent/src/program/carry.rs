@@ -23,6 +23,13 @@ use crate::wire::poll_timeout;
 /// Bytes that are read at once: as many as a pipe holds.
 const CHUNK: usize = 64 * 1024;
 
+/// A program that prints line by line, one upon the other, is let print for so long between two reads: reading each line
+/// at once takes the processor that it prints with.
+const GATHER: Duration = Duration::from_millis(1);
+
+/// Bytes that are worth a read.
+const ENOUGH: usize = 8 * 1024;
+
 /// How long what is left behind may go on printing before the exit is told.
 const DRAIN: Duration = Duration::from_millis(100);
 
@@ -41,11 +48,24 @@ pub(super) struct Carrier {
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     chunk: Vec<u8>,
+    /// When there was output last.
+    last: Instant,
+    /// It came soon upon what was before, and was little.
+    trickles: bool,
 }
 
 impl Carrier {
     pub(super) fn new(program: Arc<Program>, guest: Arc<Guest>, child: Arc<Child>, ends: AgentEnds) -> Self {
-        Carrier { program, guest, child, stdout: Some(ends.stdout), stderr: ends.stderr, chunk: vec![0; CHUNK] }
+        Carrier {
+            program,
+            guest,
+            child,
+            stdout: Some(ends.stdout),
+            stderr: ends.stderr,
+            chunk: vec![0; CHUNK],
+            last: Instant::now(),
+            trickles: false,
+        }
     }
 
     /// The carrier's whole life.
@@ -109,6 +129,9 @@ impl Carrier {
 
     /// Waits for output, or for the program's end while there is no deadline; whether there was output, or its end.
     fn carry_once(&mut self, until: Option<Instant>) -> bool {
+        if until.is_none() && self.trickles {
+            std::thread::sleep(GATHER);
+        }
         let timeout = until.map_or(PollTimeout::NONE, poll_timeout);
         let ready = {
             let running = until.is_none().then(|| self.child.wake());
@@ -121,27 +144,35 @@ impl Carrier {
             let mut told = fds.iter().map(|fd| fd.any() == Some(true));
             watched.map(|fd| fd.is_some() && told.next() == Some(true))
         };
+        let mut carried = 0;
         if ready[0] {
-            carry(&self.program, Kind::Stdout, &mut self.stdout, &mut self.chunk);
+            carried += carry(&self.program, Kind::Stdout, &mut self.stdout, &mut self.chunk);
         }
         if ready[1] {
-            carry(&self.program, Kind::Stderr, &mut self.stderr, &mut self.chunk);
+            carried += carry(&self.program, Kind::Stderr, &mut self.stderr, &mut self.chunk);
         }
+        let now = Instant::now();
+        self.trickles = (1..ENOUGH).contains(&carried) && now.duration_since(self.last) < 2 * GATHER;
+        self.last = now;
         ready[0] || ready[1]
     }
 }
 
-/// Reads once, and passes it on.
-fn carry(program: &Program, kind: Kind, pipe: &mut Option<OwnedFd>, chunk: &mut [u8]) {
-    let Some(open) = pipe else { return };
+/// Reads once, and passes it on; how many bytes.
+fn carry(program: &Program, kind: Kind, pipe: &mut Option<OwnedFd>, chunk: &mut [u8]) -> usize {
+    let Some(open) = pipe else { return 0 };
     match read(&*open, chunk) {
-        Err(Errno::EINTR | Errno::EAGAIN) => {}
-        Ok(0) | Err(_) => *pipe = None,
+        Err(Errno::EINTR | Errno::EAGAIN) => 0,
+        Ok(0) | Err(_) => {
+            *pipe = None;
+            0
+        }
         Ok(count) => {
             if let Err(error) = program.channel.print(kind, &chunk[..count]) {
                 // Without a monitor there is no VM for long; the program must not come to stand meanwhile.
                 eprintln!("tiffin-agent: what the program printed is lost: {error}");
             }
+            count
         }
     }
 }
