@@ -112,7 +112,9 @@ impl Journal {
                 _ = waiting.recv_many(&mut notes, AT_ONCE) => false,
                 () = stop.cancelled() => true,
             };
-            while let (true, Ok(note)) = (notes.len() < AT_ONCE, waiting.try_recv()) {
+            while notes.len() < AT_ONCE
+                && let Ok(note) = waiting.try_recv()
+            {
                 notes.push(note);
             }
             if notes.is_empty() && stopped {
