@@ -1,4 +1,4 @@
-//! `/v1/admin/activity` and `/v1/admin/events`: what was done, by whom, and what became of VMs.
+//! `/v1/admin/activity`: what was done, by whom, and what became of VMs.
 
 use anyhow::{Context, Result};
 use reqwest::Method;
@@ -274,89 +274,6 @@ async fn the_clones_of_a_fork_are_told_to_be_running() -> Result<()> {
 /// The head of a login whose body never comes.
 const LOGIN_HEAD: &[u8] =
     b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n";
-
-/// A stream of events, read as far as asked.
-struct Stream {
-    response: reqwest::Response,
-    text: String,
-}
-
-impl Stream {
-    async fn open(server: &Server, after: Option<&str>) -> Result<Self> {
-        let mut request = server.client.get(format!("{}/v1/admin/events", server.url)).header("X-API-Key", &server.key);
-        if let Some(id) = after {
-            request = request.header("Last-Event-ID", id);
-        }
-        let response = request.send().await?;
-        anyhow::ensure!(response.status() == 200, "{}", response.status());
-        assert_eq!(response.headers()["content-type"], "text/event-stream");
-        Ok(Self { response, text: String::new() })
-    }
-
-    /// The next event: its name, id and data.
-    async fn next(&mut self) -> Result<(String, String, Value)> {
-        let read = async {
-            while !self.text.contains("\n\n") {
-                let chunk = self.response.chunk().await?.context("the stream ended")?;
-                self.text.push_str(std::str::from_utf8(&chunk)?);
-            }
-            anyhow::Ok(())
-        };
-        tokio::time::timeout(std::time::Duration::from_secs(20), read).await.context("no event came")??;
-        let (event, rest) = self.text.split_once("\n\n").context("an event")?;
-        let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim().to_owned();
-        let found = (field("event:"), field("id:"), serde_json::from_str(&field("data:"))?);
-        self.text = rest.to_owned();
-        Ok(found)
-    }
-}
-
-#[tokio::test]
-async fn events_come_live_and_a_stream_resumes_where_it_was() -> Result<()> {
-    let server = Server::start().await?;
-    let mut stream = Stream::open(&server, None).await?;
-    let vm = server.vm().await?;
-    let (name, first, data) = stream.next().await?;
-    assert_eq!((name.as_str(), &data["id"]), ("vm_state", &json!(first)));
-    let began = data["details"]["state"].as_str().context("a state")?.to_owned();
-    drop(stream);
-    server.act(&format!("{vm}/stop")).await?.ok(204);
-    let mut stream = Stream::open(&server, Some(&first)).await?;
-    server.delete(&vm).await?.ok(204);
-    let (mut states, mut operations, mut last) = (vec![began], Vec::new(), first);
-    while operations.len() < 3 || states.last().is_none_or(|state| state != "DELETED") {
-        let (name, id, data) = stream.next().await?;
-        assert!(id > last, "each once and in order");
-        last = id;
-        match name.as_str() {
-            "vm_state" => states.push(data["details"]["state"].as_str().context("a state")?.to_owned()),
-            _ => operations.push(data["event"].as_str().context("an operation")?.to_owned()),
-        }
-    }
-    assert!(states.ends_with(&["RUNNING", "STOPPING", "STOPPED", "DELETED"].map(str::to_owned)), "{states:?}");
-    assert_eq!(operations, ["vm_create", "vm_stop", "vm_delete"]);
-    let bad = server.request(Method::GET, "/v1/admin/events").header("Last-Event-ID", "nonsense");
-    send(bad).await?.refused(400, "invalid_parameter");
-    Ok(())
-}
-
-#[tokio::test]
-async fn streams_are_bounded_a_place_comes_free_and_a_shutdown_ends_them() -> Result<()> {
-    let server = Server::start_with(&[("limits.event_streams", "1"), ("http.shutdown_grace_ms", "20000")]).await?;
-    let one = Stream::open(&server, None).await?;
-    server.get("/v1/admin/events").await?.refused(429, "too_many");
-    drop(one);
-    let mut again = None;
-    until("its place is free", async || {
-        again = Stream::open(&server, None).await.ok();
-        Ok(again.is_some())
-    })
-    .await?;
-    server.stop().await;
-    let mut rest = again.context("a stream")?.response;
-    while let Ok(Some(_)) = rest.chunk().await {}
-    Ok(())
-}
 
 #[tokio::test]
 async fn a_server_forgets_what_is_too_old_or_too_much_and_nothing_else() -> Result<()> {

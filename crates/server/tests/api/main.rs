@@ -5,6 +5,7 @@
 mod accounts;
 mod activity;
 mod api_keys;
+mod events;
 mod exec;
 mod exec_logs;
 mod files;
