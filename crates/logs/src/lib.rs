@@ -22,7 +22,6 @@ mod clock;
 mod date;
 mod level;
 mod limits;
-mod many;
 mod reader;
 mod record;
 mod request;
@@ -35,7 +34,6 @@ mod writer;
 
 pub use date::read as read_date;
 pub use limits::Limits;
-pub use many::{ManyPage, page_many};
 pub use reader::{Budget, Cursor, Line, Order, Page, Query, Reader};
 pub use request::{Answer, More, Parameters, Request, WrongParameter};
 pub use retention::{sweep, sweep_gone};

@@ -8,11 +8,7 @@ use std::io;
 
 use tiffin_types::time::Timestamp;
 
-use crate::{
-    Budget, Cursor, Line, Needle, Order, Query, Reader, date,
-    many::page_many,
-    token::{self, Token},
-};
+use crate::{Budget, Line, Needle, Order, Query, Reader, date, token::Token};
 
 /// Lines of a page.
 const BATCH: std::ops::RangeInclusive<usize> = 50..=1000;
@@ -61,8 +57,8 @@ pub struct Request {
 /// Lines, and how to ask for more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// In the order that was asked for, each with the name of its log.
-    pub lines: Vec<(usize, Line)>,
+    /// In the order that was asked for.
+    pub lines: Vec<Line>,
     /// If there may be more.
     pub more: Option<More>,
 }
@@ -79,12 +75,11 @@ pub struct More {
 }
 
 impl Request {
-    /// Reads a query's parameters. `scope` names what is queried (a VM, a group of VMs), and `only` its log where it
-    /// has but one: a token holds for it alone.
+    /// Reads a query's parameters. `log` names what is queried: a token holds for it alone.
     ///
     /// # Errors
     /// All that are wrong.
-    pub fn read(scope: &str, only: Option<&str>, sent: &Parameters<'_>) -> Result<Self, Vec<WrongParameter>> {
+    pub fn read(log: &str, sent: &Parameters<'_>) -> Result<Self, Vec<WrongParameter>> {
         let mut wrong = Vec::new();
         let text = sent.query.filter(|text| !text.is_empty());
         let needle = text.and_then(|text| or_wrong(&mut wrong, "query", Needle::new(text).map_err(|e| e.to_string())));
@@ -99,9 +94,9 @@ impl Request {
         if from.zip(to).is_some_and(|(from, to)| from > to) {
             wrong.push(WrongParameter { field: "from", message: "must not be later than to: exchange them".into() });
         }
-        let bound_to = format!("{scope}\0{}", text.unwrap_or_default().to_lowercase());
+        let bound_to = format!("{log}\0{}", text.unwrap_or_default().to_lowercase());
         let token = sent.pagination.filter(|text| !text.is_empty()).and_then(|text| {
-            let read = Token::decode(text, &bound_to, only.map(token::name)).ok_or_else(|| {
+            let read = Token::decode(text, &bound_to).ok_or_else(|| {
                 "must be as an answer carried it, sent with the same id and query; leave it out to begin anew"
                     .to_owned()
             });
@@ -117,63 +112,34 @@ impl Request {
         Ok(Self { needle, batch: batch.unwrap_or(BATCH_DEFAULT), order, from, to, token, bound_to })
     }
 
-    /// Answers it from one log or several, each with its name.
+    /// Answers it from that log.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn answer(&self, logs: &[(&str, Reader)], now: Timestamp, budget: Budget) -> io::Result<Answer> {
+    pub fn answer(&self, log: &Reader, now: Timestamp, budget: Budget) -> io::Result<Answer> {
         let token = match &self.token {
-            Some(token) => token.clone(),
-            None => self.begin(logs, now)?,
+            Some(token) => *token,
+            None => self.begin(log, now)?,
         };
+        let (text, after) = (self.needle.clone(), token.place);
         let (from, to) = (token.from, Some(token.to));
-        let query =
-            Query { text: self.needle.clone(), batch: self.batch, order: self.order, after: None, from, to, budget };
-        let (lines, places) = match logs {
-            [(name, reader)] => {
-                let after = token.place(name, self.token.is_none());
-                let page = reader.page(&Query { after, ..query })?;
-                let next = page.next();
-                let lines = page.lines.into_iter().map(|line| (0, line)).collect();
-                (lines, next.map(|next| vec![(token::name(name), next)]))
-            }
-            _ => {
-                let readers: Vec<(&Reader, Option<Cursor>)> =
-                    logs.iter().map(|(name, reader)| (reader, token.place(name, self.token.is_none()))).collect();
-                let page = page_many(&readers, &query)?;
-                let places = logs.iter().zip(page.positions).map(|((name, _), at)| (token::name(name), at)).collect();
-                (page.lines, (!page.is_end).then_some(places))
-            }
-        };
-        let more = places.map(|places| Token { places, ..token }.more(&self.bound_to));
-        Ok(Answer { lines, more })
+        let page = log.page(&Query { text, batch: self.batch, order: self.order, after, from, to, budget })?;
+        let more = page.next().map(|place| Token { place: Some(place), ..token }.more(&self.bound_to));
+        Ok(Answer { lines: page.lines, more })
     }
 
     /// The query's bounds, which its later pages keep.
-    fn begin(&self, logs: &[(&str, Reader)], now: Timestamp) -> io::Result<Token> {
-        let (mut oldest, mut newest) = (None, now);
-        for (_, log) in logs {
-            if let Some((first, last)) = log.times()? {
-                oldest = Some(oldest.map_or(first, |oldest: Timestamp| oldest.min(first)));
-                newest = newest.max(last);
-            }
-        }
+    fn begin(&self, log: &Reader, now: Timestamp) -> io::Result<Token> {
+        let times = log.times()?;
+        let oldest = times.map(|(oldest, _)| oldest);
+        let newest = times.map_or(now, |(_, newest)| newest.max(now));
         let to = self.to.unwrap_or_else(|| date::second_after(newest));
         let shown_from = date::second_before(self.from.or(oldest).unwrap_or(now).min(to));
-        Ok(Token { order: self.order, from: self.from, to, shown_from, places: Vec::new() })
+        Ok(Token { order: self.order, from: self.from, to, shown_from, place: None })
     }
 }
 
 impl Token {
-    /// The place in a log to go on from. A log that came after the first page has lines that are newer.
-    fn place(&self, log: &str, is_first: bool) -> Option<Cursor> {
-        if is_first {
-            return None;
-        }
-        let name = token::name(log);
-        Some(self.places.iter().find(|(log, _)| *log == name).map_or(Cursor(0), |(_, place)| *place))
-    }
-
     fn more(&self, bound_to: &str) -> More {
         More {
             pagination: self.encode(bound_to),

@@ -9,11 +9,11 @@ use tiffin_types::time::Timestamp;
 use crate::{Cursor, Order};
 
 /// Characters of a token, at most.
-const CHARS: usize = 8192;
+const CHARS: usize = 128;
 const VERSION: u8 = 1;
 
 /// Where a paged query goes on, and which query.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Token {
     pub(crate) order: Order,
     /// Only lines from that time on, if the query said so.
@@ -22,13 +22,8 @@ pub(crate) struct Token {
     pub(crate) to: Timestamp,
     /// What the answer showed as `from`.
     pub(crate) shown_from: Timestamp,
-    /// The places in each log, by their names' checksums.
-    pub(crate) places: Vec<(u32, Cursor)>,
-}
-
-/// A log's name in a token.
-pub(crate) fn name(log: &str) -> u32 {
-    crc32fast::hash(log.as_bytes())
+    /// Where; `None` at its beginning.
+    pub(crate) place: Option<Cursor>,
 }
 
 impl Token {
@@ -42,19 +37,16 @@ impl Token {
         if let Some(from) = self.from {
             number(&mut bytes, signed(to.wrapping_sub(from.as_millis())));
         }
-        for (log, place) in &self.places {
-            if self.places.len() > 1 {
-                bytes.extend_from_slice(&log.to_le_bytes());
-            }
+        if let Some(place) = self.place {
             number(&mut bytes, place.0);
         }
-        let check = check(&bytes, bound_to, &self.places);
+        let check = check(&bytes, bound_to);
         bytes.extend_from_slice(&check.to_le_bytes());
         BASE64URL_NOPAD.encode(&bytes)
     }
 
-    /// `None` when that is no token for those logs and `bound_to`.
-    pub(crate) fn decode(text: &str, bound_to: &str, only: Option<u32>) -> Option<Self> {
+    /// `None` when that is no token for `bound_to`.
+    pub(crate) fn decode(text: &str, bound_to: &str) -> Option<Self> {
         if text.len() > CHARS {
             return None;
         }
@@ -69,27 +61,17 @@ impl Token {
         let moment = |before: i64| to.checked_sub(before).map(Timestamp::from_millis);
         let shown_from = moment(unsigned(take_number(&mut rest)?))?;
         let from = if head & 1 == 1 { Some(moment(unsigned(take_number(&mut rest)?))?) } else { None };
-        let mut places = Vec::new();
-        while !rest.is_empty() {
-            let log = match only {
-                Some(only) => only,
-                None => u32::from_le_bytes(take(&mut rest, 4)?.try_into().ok()?),
-            };
-            places.push((log, Cursor(take_number(&mut rest)?)));
-        }
+        let place = if rest.is_empty() { None } else { Some(Cursor(take_number(&mut rest)?)) };
         let order = if head & 2 == 2 { Order::NewestFirst } else { Order::OldestFirst };
-        let is_whole = check(body, bound_to, &places) == u32::from_le_bytes(*found);
-        is_whole.then_some(Self { order, from, to: Timestamp::from_millis(to), shown_from, places })
+        let is_whole = rest.is_empty() && check(body, bound_to) == u32::from_le_bytes(*found);
+        is_whole.then_some(Self { order, from, to: Timestamp::from_millis(to), shown_from, place })
     }
 }
 
-fn check(body: &[u8], bound_to: &str, places: &[(u32, Cursor)]) -> u32 {
+fn check(body: &[u8], bound_to: &str) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(body);
     hasher.update(bound_to.as_bytes());
-    for (log, _) in places {
-        hasher.update(&log.to_le_bytes());
-    }
     hasher.finalize()
 }
 
@@ -139,22 +121,21 @@ mod tests {
 
     use super::*;
 
-    fn token(order: Order, from: Option<i64>, to: i64, places: Vec<(u32, u64)>) -> Token {
-        let places = places.into_iter().map(|(log, place)| (log, Cursor(place))).collect();
+    fn token(order: Order, from: Option<i64>, to: i64, place: Option<u64>) -> Token {
+        let place = place.map(Cursor);
         let [to, shown_from] = [to, to - 7].map(Timestamp::from_millis);
-        Token { order, from: from.map(Timestamp::from_millis), to, shown_from, places }
+        Token { order, from: from.map(Timestamp::from_millis), to, shown_from, place }
     }
 
     #[test]
     fn a_token_is_short_and_holds_for_its_query_and_log_alone() {
-        let token = token(Order::OldestFirst, None, 1_700_000_000_000, vec![(name("a"), 1_000_000)]);
+        let token = token(Order::OldestFirst, None, 1_700_000_000_000, Some(1_000_000));
         let text = token.encode("vm error");
         assert!(text.len() <= 24, "{text}");
-        assert_eq!(Token::decode(&text, "vm error", Some(name("a"))), Some(token));
-        assert_eq!(Token::decode(&text, "vm other", Some(name("a"))), None);
-        assert_eq!(Token::decode(&text, "vm error", Some(name("b"))), None);
+        assert_eq!(Token::decode(&text, "vm error"), Some(token));
+        assert_eq!(Token::decode(&text, "vm other"), None);
         for broken in ["", "x", "äöü", "====", &text[1..], &text[..text.len() - 2], &"A".repeat(10_000)] {
-            assert_eq!(Token::decode(broken, "vm error", Some(name("a"))), None);
+            assert_eq!(Token::decode(broken, "vm error"), None);
         }
     }
 
@@ -162,16 +143,16 @@ mod tests {
         #[test]
         fn tokens_come_back(
             newest in any::<bool>(), from in prop::option::of(-1_000_000_000_000i64..2_000_000_000_000),
-            to in -1_000_000_000_000i64..2_000_000_000_000, places in prop::collection::vec(any::<(u32, u64)>(), 2..5),
+            to in -1_000_000_000_000i64..2_000_000_000_000, place in any::<Option<u64>>(),
         ) {
             let order = if newest { Order::NewestFirst } else { Order::OldestFirst };
-            let token = token(order, from, to, places);
-            prop_assert_eq!(Token::decode(&token.encode("x"), "x", None), Some(token));
+            let token = token(order, from, to, place);
+            prop_assert_eq!(Token::decode(&token.encode("x"), "x"), Some(token));
         }
 
         #[test]
-        fn no_text_makes_it_panic(text in "[A-Za-z0-9_-]{0,60}", single in any::<bool>()) {
-            let _ = Token::decode(&text, "x", single.then_some(1));
+        fn no_text_makes_it_panic(text in "[A-Za-z0-9_-]{0,60}") {
+            let _ = Token::decode(&text, "x");
         }
     }
 }

@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
-use proptest::prelude::*;
 use tiffin_logs::{Answer, Budget, Limits, Parameters, Reader, Request, Stream, Writer};
 use tiffin_types::time::Timestamp;
 
@@ -12,7 +11,7 @@ fn at(millis: i64) -> Timestamp {
 }
 
 fn read(sent: &Parameters<'_>) -> Result<Request, Vec<&'static str>> {
-    Request::read("vm1", Some("vm1"), sent).map_err(|wrong| wrong.into_iter().map(|wrong| wrong.field).collect())
+    Request::read("vm1", sent).map_err(|wrong| wrong.into_iter().map(|wrong| wrong.field).collect())
 }
 
 struct Log {
@@ -34,8 +33,7 @@ impl Log {
     }
 
     fn ask(&self, sent: &Parameters<'_>, now: Timestamp) -> Answer {
-        let logs = [("vm1", Reader::open(self.folder.path()))];
-        read(sent).unwrap().answer(&logs, now, Budget::default()).unwrap()
+        read(sent).unwrap().answer(&Reader::open(self.folder.path()), now, Budget::default()).unwrap()
     }
 
     /// All pages, each asked for with what the one before carried.
@@ -53,7 +51,7 @@ impl Log {
 }
 
 fn numbers(answer: &Answer) -> Vec<i64> {
-    answer.lines.iter().map(|(_, line)| line.message["Line ".len()..].parse().unwrap()).collect()
+    answer.lines.iter().map(|line| line.message["Line ".len()..].parse().unwrap()).collect()
 }
 
 #[test]
@@ -134,7 +132,7 @@ fn a_token_alone_is_enough_and_one_of_another_query_is_refused() {
     ] {
         assert_eq!(read(&sent).unwrap_err(), [field]);
     }
-    let other = Request::read("vm2", Some("vm2"), &alone).unwrap_err();
+    let other = Request::read("vm2", &alone).unwrap_err();
     assert_eq!(other[0].field, "pagination");
 }
 
@@ -156,7 +154,7 @@ fn what_is_wrong_is_named_all_at_once() {
             "{batch}"
         );
     }
-    let wrong = Request::read("vm1", None, &Parameters { batch: Some("7"), ..Parameters::default() }).unwrap_err();
+    let wrong = Request::read("vm1", &Parameters { batch: Some("7"), ..Parameters::default() }).unwrap_err();
     assert_eq!(wrong[0].to_string(), "batch must be a whole number from 50 to 1000 (100 when it isn't given)");
     let turned = Parameters {
         from: Some("2023-03-07 06:12:56 UTC"),
@@ -180,73 +178,4 @@ fn lines_from_before_the_clock_was_set_back_are_not_hidden() {
     log.writer.push(Stream::Stdout, b"Line 1\n", at(7_200_000));
     log.writer.push(Stream::Stdout, b"Line 2\n", at(0));
     assert_eq!(numbers(&log.ask(&Parameters::default(), at(10))), [1, 2]);
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
-
-    #[test]
-    fn several_logs_are_merged_and_nothing_is_left_out_or_repeated(
-        first in prop::collection::vec((0usize..3, 0i64..50, 1usize..8), 20..60),
-        later in prop::collection::vec((0usize..3, 0i64..50, 1usize..40), 0..12),
-        newest_first in any::<bool>(), text in prop::sample::select(vec![None, Some("X")]),
-    ) {
-        let mut logs: Vec<Log> = (0..3).map(|_| Log::new()).collect();
-        let mut now = 0;
-        let mut print = |logs: &mut Vec<Log>, (log, passed, lines): (usize, i64, usize)| {
-            now += passed;
-            let printed: String = (0..lines).map(|nth| if nth % 3 == 0 { "x\n" } else { "y\n" }).collect();
-            logs[log].writer.push(Stream::Stdout, printed.as_bytes(), at(now));
-        };
-        for step in first {
-            print(&mut logs, step);
-        }
-        let names = ["a", "b", "c"];
-        let readers: Vec<(&str, Reader)> =
-            names.iter().zip(&logs).map(|(name, log)| (*name, Reader::open(log.folder.path()))).collect();
-        let order = if newest_first { "newest_first" } else { "oldest_first" };
-        let (mut pagination, mut later) = (None, later.into_iter());
-        let mut seen: Vec<(usize, u64, i64)> = Vec::new();
-        loop {
-            let sent = Parameters {
-                batch: Some("50"),
-                order: Some(order),
-                query: text,
-                pagination: pagination.as_deref(),
-                ..Parameters::default()
-            };
-            let request = Request::read("group", None, &sent).unwrap();
-            // The query's end is far: what comes meanwhile belongs to it, oldest first.
-            let answer = request.answer(&readers, at(9_000_000), Budget::default()).unwrap();
-            prop_assert!(answer.more.is_none() || answer.lines.len() == 50);
-            seen.extend(answer.lines.iter().map(|(log, line)| (*log, line.number, line.time_ms)));
-            let Some(more) = answer.more else { break };
-            pagination = Some(more.pagination);
-            if let Some(step) = later.next() {
-                print(&mut logs, step);
-            }
-        }
-        let times: Vec<i64> = seen.iter().map(|(_, _, time)| if newest_first { -time } else { *time }).collect();
-        prop_assert!(times.is_sorted());
-        for (log, (_, reader)) in readers.iter().enumerate() {
-            let numbers: Vec<u64> = seen.iter().filter(|line| line.0 == log).map(|line| line.1).collect();
-            let step = |pair: &[u64]| if newest_first { pair[0] - pair[1] } else { pair[1] - pair[0] };
-            if text.is_none() {
-                prop_assert!(numbers.windows(2).all(|pair| step(pair) == 1), "{numbers:?}");
-            }
-            let mut whole = numbers.clone();
-            whole.sort_unstable();
-            whole.dedup();
-            prop_assert_eq!(whole.len(), numbers.len());
-            let all = reader.page(&tiffin_logs::Query::new(tiffin_logs::Order::OldestFirst, 100_000)).unwrap().lines;
-            let wanted = all.iter().filter(|line| text.is_none() || line.message == "x").map(|line| line.number);
-            let wanted: Vec<u64> = if newest_first {
-                let newest = whole.last().copied().unwrap_or(0);
-                wanted.filter(|number| *number <= newest).collect()
-            } else {
-                wanted.take(whole.len()).collect()
-            };
-            prop_assert_eq!(whole, wanted);
-        }
-    }
 }

@@ -91,7 +91,7 @@ pub(crate) async fn log_list(
     parameters: Parameters,
 ) -> Result<Json<LogPage>, AppError> {
     let answer = answer(&app, &caller, &id, parameters).await?;
-    let lines = answer.lines.into_iter().map(|(_, line)| line.into()).collect();
+    let lines = answer.lines.into_iter().map(Into::into).collect();
     let (pagination, from, to) = match answer.more {
         Some(more) => (Some(more.pagination), Some(more.from), Some(more.to)),
         None => (None, None, None),
@@ -118,8 +118,8 @@ pub(super) async fn answer(
         to: to.as_deref(),
     };
     let named = |wrong: WrongParameter| FieldError { field: wrong.field.to_owned(), message: wrong.message };
-    let request = Request::read(id.as_str(), Some(id.as_str()), &sent)
-        .map_err(|wrong| AppError::Fields(wrong.into_iter().map(named).collect()))?;
+    let request =
+        Request::read(id.as_str(), &sent).map_err(|wrong| AppError::Fields(wrong.into_iter().map(named).collect()))?;
     logs::log_list(app, caller, id, request).await
 }
 

@@ -37,8 +37,8 @@ const CHECK: Duration = Duration::from_secs(15);
 pub(crate) async fn log_list(app: &Arc<App>, caller: &Caller, id: &VmId, request: Request) -> Result<Answer, AppError> {
     caller.require(Scope::Read)?;
     service_get(app, caller, id).await?;
-    let (name, reader) = (id.to_string(), reader(app, id));
-    read(app, id, move || request.answer(&[(&name, reader)], Timestamp::now(), Budget::default())).await
+    let reader = reader(app, id);
+    read(app, id, move || request.answer(&reader, Timestamp::now(), Budget::default())).await
 }
 
 /// Where a follower begins.

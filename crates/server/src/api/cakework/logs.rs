@@ -56,7 +56,7 @@ impl From<Answer> for CakeworkLogPage {
             Some(more) => (Some(more.pagination), Some(more.from), Some(more.to)),
             None => (None, None, None),
         };
-        Self { lines: answer.lines.into_iter().map(|(_, line)| line.into()).collect(), pagination, from, to }
+        Self { lines: answer.lines.into_iter().map(Into::into).collect(), pagination, from, to }
     }
 }
 
