@@ -118,7 +118,7 @@ impl Service {
         let _one = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
         let identity = Identity::from(renew.boot.clone());
         if renew.machine_id.is_none() && *self.identity() == identity {
-            renewal.apply_to_network();
+            renewal.apply_to_same();
             return Ok(());
         }
         renewal.apply();

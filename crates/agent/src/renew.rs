@@ -10,8 +10,8 @@
 //! not keep itself from being renewed by it. The answer tells the clock, which a kernel may refuse to set (gVisor takes
 //! the host's time): the host sees by it what holds.
 //!
-//! Whoever stays who it is (the same token, name and addresses, no new machine id) only learns its resolvers: that is what
-//! a change of policy comes to.
+//! Whoever stays who it is (the same token, name and addresses, no new machine id) only learns its resolvers and the time: that is
+//! what a change of policy comes to, and a machine's going on after it stood still.
 //!
 //! It deliberately leaves alone what runs (a restore goes on where the snapshot was taken, a change of policy is not
 //! the commands' business) and the guest's size: `cpus` and `max_pids` stay as at boot.
@@ -85,8 +85,9 @@ impl<'a> Renewal<'a> {
     }
 
     /// Does what there is to do for a guest that stays who it is.
-    pub fn apply_to_network(&self) {
+    pub fn apply_to_same(&self) {
         guest::set_resolvers(&self.renew.boot.resolvers);
+        guest::report("the clock", set_clock(self.clock));
     }
 
     /// Does all but the identity, which is the caller's to replace.

@@ -123,6 +123,20 @@ async fn the_emulator_is_nobody_and_sees_nothing() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_stood_still_has_the_right_time_when_it_goes_on() {
+    let host = Host::with(EngineName::Qemu).await;
+    let id = host.running().await;
+    host.engine.pause(&id).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    host.engine.resume(&id).await.unwrap();
+    let told = sh(&*host.engine, &id, "date +%s.%N").await.stdout;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+    let behind = now - told.trim().parse::<f64>().unwrap();
+    assert!((-1.0..4.0).contains(&behind), "{behind} s behind, the answer's way included");
+    host.engine.destroy(&id).await.unwrap();
+}
+
 /// An emulator that a guest has taken over may do anything, but not hang for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_emulator_that_hangs_is_ended() {

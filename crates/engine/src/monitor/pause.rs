@@ -28,6 +28,8 @@ pub(super) const QUICK: Duration = Duration::from_secs(20);
 /// Pauses a guest that runs, for as long as it may be. When it fails, the guest runs, or has been ended.
 pub(super) fn pause(vm: &Vm) -> Result<(), String> {
     if vm.launch.machine.is_some() {
+        // Its clock stands still with it: it is told the time when it goes on.
+        vm.owe_news(true);
         return machine::ask(vm, "stop").map_err(|e| e.to_string());
     }
     vm.set_held(Some(hold(vm)?));
