@@ -26,6 +26,7 @@ const PAGES: &[(&str, &str, &str)] = &[
     ("webhooks", "Webhooks", include_str!("../../../../docs/user/webhooks.md")),
     ("snapshots", "Snapshots", include_str!("../../../../docs/user/snapshots.md")),
     ("ingress", "Reaching programs in VMs", include_str!("../../../../docs/user/ingress.md")),
+    ("engines", "Engines", include_str!("../../../../docs/user/engines.md")),
     ("networking", "Networking", include_str!("../../../../docs/user/networking.md")),
     ("cli", "Command line", include_str!("../../../../docs/user/cli.md")),
     ("configuration", "Configuration", include_str!("../../../../docs/user/configuration.md")),
