@@ -216,6 +216,29 @@ async fn a_killed_monitor_takes_its_vm_along_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_removal_at_any_moment_of_a_start_leaves_nothing() {
+    let host = Host::new().await;
+    let small = VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 };
+    for delay_ms in (0..40).chain([60, 90, 150]) {
+        let spec = VmSpec { size: small, ..host.spec() };
+        host.engine.create(&spec).await.unwrap();
+        if delay_ms % 2 == 1 {
+            // Its second start: the run before may still be cleared away.
+            host.engine.start(&spec.id).await.unwrap();
+            host.engine.stop(&spec.id, GRACE).await.unwrap();
+        }
+        let (engine, id) = (host.engine.clone(), spec.id.clone());
+        let start = tokio::spawn(async move { engine.start(&id).await });
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        host.engine.destroy(&spec.id).await.unwrap_or_else(|error| panic!("after {delay_ms} ms: {error:?}"));
+        let _ = start.await.unwrap();
+        assert_eq!(host.engine.observe(&spec.id).await, Observed::Absent);
+        assert!(!host.folder(&spec.id).exists(), "after {delay_ms} ms");
+        assert_eq!(harness::leftovers(&host, &[spec.id]), Vec::<String>::new(), "after {delay_ms} ms");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_monitor_that_was_killed_without_a_server_is_found_by_the_next() {
     let mut host = Host::new().await;
     let id = host.running().await;

@@ -46,7 +46,7 @@ use nix::{
 };
 
 use self::{
-    launch::{LAUNCH, Launch, RUN, Run, SOCKET},
+    launch::{LAUNCH, Launch, RUN, Run, SOCKET, SPEC},
     state::Vm,
 };
 use tiffin_types::vm::EngineName;
@@ -109,6 +109,10 @@ fn first_stage(folder: &Path) -> io::Result<()> {
         ForkResult::Parent { child } => {
             let process = ProcessId::of(child.as_raw()).ok_or_else(|| io::Error::other("the monitor ended at once"))?;
             launch::write(Path::new("."), RUN, &Run { process, boot_id: boot_id() }, false)?;
+            // Whoever destroys the VM removes its spec before he looks for its monitor.
+            if !Path::new(SPEC).exists() {
+                return Err(io::Error::other("the VM was removed meanwhile"));
+            }
             File::from(namer).write_all(b"n")
         }
         ForkResult::Child => {

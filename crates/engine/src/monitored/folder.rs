@@ -1,6 +1,6 @@
 //! A VM's folder, from the server's side.
 
-use std::{fs, io, os::unix::fs::DirBuilderExt, path::Path, process::Stdio, time::Duration};
+use std::{fs, io, os::unix::fs::DirBuilderExt, path::Path, process::Stdio, thread, time::Duration};
 
 use tiffin_types::vm::{EndReason, EndReport, VmSpec};
 
@@ -16,6 +16,9 @@ use crate::{
     },
 };
 
+/// How often a folder is removed in which something is made meanwhile.
+const REMOVALS: u32 = 20;
+const REMOVAL_PAUSE: Duration = Duration::from_millis(5);
 /// How long the monitor's first stage may take; it does no more than a few system calls.
 const FIRST_STAGE: Duration = Duration::from_secs(20);
 
@@ -47,10 +50,15 @@ fn make(dir: &Path, spec: &VmSpec, templates: &Path) -> Result<(), EngineError> 
 pub(super) fn remove(dir: &Path) -> io::Result<()> {
     // The spec goes first: a removal that is killed half-way leaves a ruin, not a VM.
     launch::remove(dir, SPEC)?;
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+    for _ in 0..REMOVALS {
+        match fs::remove_dir_all(dir) {
+            // A monitor that is just giving up was here.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => thread::sleep(REMOVAL_PAUSE),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => return Ok(()),
+        }
     }
+    fs::remove_dir_all(dir)
 }
 
 /// Starts the monitor and waits for its first stage, after which its socket answers.

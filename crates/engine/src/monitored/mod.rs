@@ -360,6 +360,9 @@ impl Engine for Monitored {
     }
 
     async fn destroy(&self, id: &VmId) -> Result<(), EngineError> {
+        // First of all: a monitor that is on its way up writes who it is and then looks for this, so either it finds nothing
+        // and gives up, or it is found below.
+        launch::remove(&self.folder(id), SPEC).map_err(|e| EngineError::host(format!("removing {id}"), e))?;
         if let Some(watch) = self.watch(id) {
             watch.claim();
             let asked = talk::ask(&self.folder(id), &Ask::Kill, ANSWER).await;
@@ -367,7 +370,9 @@ impl Engine for Monitored {
                 self.kill_monitor(id).await;
             }
             self.taken_end(&watch, MONITOR_MARGIN).await;
-        } else if let Ok(Some(process)) = folder::monitor(&self.folder(id)) {
+        }
+        // One that isn't followed yet; the watch may be of the run before.
+        if let Ok(Some(process)) = folder::monitor(&self.folder(id)) {
             process.kill();
         }
         let cleared = self.leftovers(id).clear().await;
