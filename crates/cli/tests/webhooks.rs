@@ -54,7 +54,14 @@ impl Server {
         let (data, run, key) = (folder.join("data"), folder.join("run"), folder.join("key"));
         let mut command = tiffin();
         command.args(["serve", "--set", "engine=fake", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"]);
-        command.arg(data).args(["--set", &format!("run_dir={}", run.display()), "--set", "pool.max_vms=0"]);
+        command.arg(data).args([
+            "--set",
+            &format!("run_dir={}", run.display()),
+            "--set",
+            "pool.max_vms=0",
+            "--set",
+            "ingress.listen=off",
+        ]);
         command.args(["--set", "webhooks.allow_http=true", "--set", "webhooks.allow_networks=127.0.0.1/32"]);
         command.args(["--set", "webhooks.timeout_ms=1000"]);
         command.args(["--set", &format!("webhooks.retry_delays_s={}", ["1"; 30].join(","))]).args(more);
