@@ -42,8 +42,6 @@ pub struct Capabilities {
     pub pause: bool,
     /// Memory, CPU state and disk can be saved and restored.
     pub snapshot: bool,
-    /// It boots kernels, so an image's own kernel means something.
-    pub kernels: bool,
 }
 
 /// A kind of VM that can be had here: by its engine's name, what it isolates and what it can do.

@@ -247,7 +247,7 @@ impl Shared {
 const FAKE: Kind = Kind {
     name: EngineName::Fake,
     isolation: Isolation::None,
-    capabilities: Capabilities { pause: true, snapshot: true, kernels: false },
+    capabilities: Capabilities { pause: true, snapshot: true },
 };
 
 #[async_trait]

@@ -19,7 +19,7 @@ use tiffin_types::vm::EndReason;
 use super::{
     boot::{self, Step, step},
     jail::{self, Jail},
-    launch::{DISK, MachineFiles},
+    launch::{DISK, MachineFiles, Phase},
     state::Vm,
 };
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// How long QEMU has for a word that needs no work.
-pub(super) const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_secs(20);
 /// How often it is asked whether it is still there.
 const PULSE: Duration = Duration::from_secs(10);
 /// What every dynamically linked program of a Debian-like system needs.
@@ -111,7 +111,7 @@ fn devices(files: &MachineFiles) -> Vec<PathBuf> {
 /// guest that has taken it over.
 fn watch(vm: &Vm, socket: UnixStream) {
     let lost = |what: std::io::Error| {
-        if vm.phase() != super::launch::Phase::Ended && !vm.stop_requested() {
+        if vm.phase() != Phase::Ended && !vm.stop_requested() {
             vm.errors.line(format!("the machine's control socket: {what}"));
             vm.decide_end(EndReason::EngineLost, "the machine's emulator did not answer");
         }

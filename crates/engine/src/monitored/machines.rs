@@ -44,12 +44,12 @@ pub(super) fn kinds(machines: Option<&Machines>) -> Vec<Kind> {
     let gvisor = Kind {
         name: EngineName::Gvisor,
         isolation: Isolation::UserspaceKernel,
-        capabilities: Capabilities { pause: true, snapshot: true, kernels: false },
+        capabilities: Capabilities { pause: true, snapshot: true },
     };
     let qemu = machines.map(|machines| Kind {
         name: EngineName::Qemu,
         isolation: if machines.files.kvm { Isolation::HardwareVm } else { Isolation::EmulatedVm },
-        capabilities: Capabilities { pause: true, snapshot: false, kernels: true },
+        capabilities: Capabilities { pause: true, snapshot: false },
     });
     [Some(gvisor), qemu].into_iter().flatten().collect()
 }

@@ -25,6 +25,7 @@ impl Monitored {
         if self.is_made(spec)? {
             return Ok(());
         }
+        self.require_snapshots(spec.engine)?;
         self.check_room()?;
         self.images.require(&spec.image)?;
         let (snapshots, dir, spec, snapshot) =
@@ -45,6 +46,7 @@ impl Monitored {
         }
         self.check_room()?;
         let launch = self.launch_of(id)?;
+        self.require_snapshots(launch.engine)?;
         let dir = self.snapshots.begin(into)?;
         let saved = self.save_into(&launch, into, dir).await;
         if saved.is_err()
@@ -53,6 +55,13 @@ impl Monitored {
             tracing::warn!(snapshot_id = %into, "what a failed save left stays: {error}");
         }
         saved
+    }
+
+    fn require_snapshots(&self, engine: EngineName) -> Result<(), EngineError> {
+        match self.capabilities(engine).snapshot {
+            true => Ok(()),
+            false => Err(EngineError::Unsupported { engine: engine.as_str(), what: "save and restore VMs" }),
+        }
     }
 
     pub(super) async fn engine_version(&self, engine: EngineName) -> Result<String, EngineError> {

@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
@@ -103,45 +104,64 @@ pub(super) struct Place {
     _queued: OwnedSemaphorePermit,
 }
 
+/// How many of something each has, such as commands a VM.
+struct Counts<K>(Arc<Mutex<HashMap<K, usize>>>);
+
+impl<K: Clone + Eq + Hash> Counts<K> {
+    fn new() -> Self {
+        Self(Arc::default())
+    }
+
+    /// One more of that one's, unless it has `most`.
+    fn take(&self, of: &K, most: usize) -> Option<Counted<K>> {
+        let mut counts = hold(&self.0);
+        let count = counts.entry(of.clone()).or_default();
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { of: of.clone(), counts: Arc::clone(&self.0) })
+    }
+}
+
+/// One that is counted, until it is dropped.
+pub(super) struct Counted<K: Eq + Hash> {
+    of: K,
+    counts: Arc<Mutex<HashMap<K, usize>>>,
+}
+
+impl<K: Eq + Hash> Drop for Counted<K> {
+    fn drop(&mut self) {
+        let mut counts = hold(&self.counts);
+        if let Some(count) = counts.get_mut(&self.of) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.of);
+            }
+        }
+    }
+}
+
 /// How many commands run in each VM.
 pub(super) struct Commands {
     most: usize,
-    counts: Arc<Mutex<HashMap<VmId, usize>>>,
+    counts: Counts<VmId>,
 }
+
+/// The right to run one command in a VM.
+pub(super) type CommandPlace = Counted<VmId>;
 
 impl Commands {
     pub(super) fn new(most: usize) -> Self {
-        Self { most, counts: Arc::default() }
+        Self { most, counts: Counts::new() }
     }
 
     /// The right to run one more command in the VM, until it is dropped.
     pub(super) fn take(&self, id: &VmId) -> Result<CommandPlace, AppError> {
-        let mut counts = hold(&self.counts);
-        let count = counts.entry(id.clone()).or_default();
-        if *count >= self.most {
-            let most = self.most;
-            return Err(AppError::TooMany(format!("{most} commands run in this VM, the most at once; try again")));
-        }
-        *count += 1;
-        Ok(CommandPlace { id: id.clone(), counts: Arc::clone(&self.counts) })
-    }
-}
-
-/// The right to run one command in a VM.
-pub(super) struct CommandPlace {
-    id: VmId,
-    counts: Arc<Mutex<HashMap<VmId, usize>>>,
-}
-
-impl Drop for CommandPlace {
-    fn drop(&mut self) {
-        let mut counts = hold(&self.counts);
-        if let Some(count) = counts.get_mut(&self.id) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.id);
-            }
-        }
+        let most = self.most;
+        self.counts
+            .take(id, most)
+            .ok_or_else(|| AppError::TooMany(format!("{most} commands run in this VM, the most at once; try again")))
     }
 }
 
@@ -150,45 +170,26 @@ pub(super) struct Shares {
     of_one: usize,
     /// What is counted, for who has too many.
     what: &'static str,
-    counts: Arc<Mutex<HashMap<AccountId, usize>>>,
+    counts: Counts<AccountId>,
 }
+
+/// One of an account's places.
+pub(super) type Share = Counted<AccountId>;
 
 impl Shares {
     /// Of so many places.
     pub(super) fn new(places: usize, what: &'static str) -> Self {
-        Self { of_one: places.saturating_sub(1).max(1), what, counts: Arc::default() }
+        Self { of_one: places.saturating_sub(1).max(1), what, counts: Counts::new() }
     }
 
     /// One more of the account's, until it is dropped.
     pub(super) fn take(&self, account: &AccountId) -> Result<Share, AppError> {
-        let mut counts = hold(&self.counts);
-        let count = counts.entry(account.clone()).or_default();
-        if *count >= self.of_one {
-            let (of_one, what) = (self.of_one, self.what);
-            return Err(AppError::TooMany(format!(
+        let (of_one, what) = (self.of_one, self.what);
+        self.counts.take(account, of_one).ok_or_else(|| {
+            AppError::TooMany(format!(
                 "{of_one} {what} of this account are under way, the most at once: try again when one of them is done"
-            )));
-        }
-        *count += 1;
-        Ok(Share { account: account.clone(), counts: Arc::clone(&self.counts) })
-    }
-}
-
-/// One of an account's places.
-pub(super) struct Share {
-    account: AccountId,
-    counts: Arc<Mutex<HashMap<AccountId, usize>>>,
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        let mut counts = hold(&self.counts);
-        if let Some(count) = counts.get_mut(&self.account) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.account);
-            }
-        }
+            ))
+        })
     }
 }
 
