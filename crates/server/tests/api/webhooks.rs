@@ -130,6 +130,14 @@ async fn settled(server: &Server, path: &str, id: &Value) -> Result<Value> {
     Ok(found)
 }
 
+/// A webhook without what its deliveries, which go on meanwhile, say of it.
+fn lasting(mut webhook: Value) -> Value {
+    if let Some(fields) = webhook.as_object_mut() {
+        fields.retain(|name, _| name != "failingSince" && name != "dropped");
+    }
+    webhook
+}
+
 #[tokio::test]
 async fn a_webhook_is_made_changed_and_deleted_and_shows_its_secret_once() -> Result<()> {
     let server = Server::start().await?;
@@ -137,9 +145,11 @@ async fn a_webhook_is_made_changed_and_deleted_and_shows_its_secret_once() -> Re
     assert_eq!((&made["enabled"], &made["eventTypes"]), (&json!(true), &json!(["*"])));
     ensure!(made["secret"].as_str().context("a secret")?.starts_with("whsec_"));
     let path = format!("{HOOKS}/{}", made["id"].as_str().context("an id")?);
-    let got = server.get(&path).await?.ok(200);
+    let got = lasting(server.get(&path).await?.ok(200));
     assert_eq!((&got["name"], &got["secret"]), (&json!("a"), &Value::Null));
-    assert_eq!(server.get(HOOKS).await?.ok(200), json!([got]));
+    let list = server.get(HOOKS).await?.ok(200);
+    let listed: Vec<Value> = list.as_array().context("a list")?.iter().cloned().map(lasting).collect();
+    assert_eq!(listed, [got]);
 
     let types = json!({ "eventTypes": ["vm_state", "vm_create", "vm_state"], "enabled": false });
     let changed = patch(&server, &path, &types).await?.ok(200);
