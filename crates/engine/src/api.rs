@@ -80,6 +80,9 @@ pub enum Observed {
 pub struct Started {
     /// From the call to the agent's ready.
     pub took: Duration,
+    /// Whether it went on from what was saved, instead of booting: from its snapshot, or from one that the engine keeps of guests
+    /// that have just booted.
+    pub from_saved: bool,
 }
 
 /// A VM's run ended, by whatever cause. Sent once per run.

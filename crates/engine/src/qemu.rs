@@ -34,6 +34,13 @@ pub const DISK: i32 = 6;
 /// Where the guest's console is written.
 pub const CONSOLE: i32 = 7;
 
+/// Where the state of processor and devices is written to, when it is asked for.
+pub const STATE: i32 = 8;
+/// Where a machine that goes on from a saved one reads that.
+pub const SAVED_STATE: i32 = 9;
+
+/// By what name QEMU opens the guest's memory. There is no such file: the monitor lends it one.
+pub const MEMORY: &str = "/memory";
 /// Where QEMU, in its own root, finds the guest's kernel.
 pub const KERNEL: &str = "/kernel";
 /// Where it finds the guest's first files.
@@ -55,6 +62,8 @@ pub struct Machine<'a> {
     pub mac: &'a str,
     /// The host's time stamp counter's rate in kHz, where it is known: a busy host is too slow to measure it.
     pub tsc_khz: Option<u64>,
+    /// Whether it goes on from a saved state, instead of booting. Its memory is a saved one then, which stays as it is.
+    pub saved: bool,
 }
 
 /// QEMU's arguments. Every option is spelled out, nothing comes from files of the host.
@@ -63,7 +72,8 @@ pub fn arguments(machine: &Machine) -> Vec<OsString> {
     let mut add = |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
     add(&["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-name", "tiffin"]);
     // ACPI tells the guest of the virtio devices; PIT and PIC are what its clock is first measured by.
-    let machine_type = "microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,usb=off,graphics=off";
+    let machine_type = "microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,usb=off,graphics=off,\
+                        memory-backend=memory,suppress-vmdesc=on";
     add(&["-machine", machine_type]);
     match machine.kvm {
         true => add(&["-accel", "kvm", "-cpu", "host"]),
@@ -71,7 +81,17 @@ pub fn arguments(machine: &Machine) -> Vec<OsString> {
     }
     add(&["-smp", &machine.size.cpus.to_string(), "-m", &format!("{}M", machine.size.mem_mb)]);
     add(&["-rtc", "base=utc,clock=host"]);
-    add(&["-kernel", KERNEL, "-initrd", INITRAMFS, "-append", &kernel_words(machine)]);
+    let share = if machine.saved { "off" } else { "on" };
+    let size = machine.size.mem_mb;
+    add(&["-object", &format!("memory-backend-file,id=memory,size={size}M,mem-path={MEMORY},share={share}")]);
+    // A state is saved by itself, without what a migration says first of the machine.
+    add(&["-global", "migration.send-configuration=off"]);
+    add(&["-add-fd", &format!("fd={STATE},set={STATE}")]);
+    match machine.saved {
+        // Its kernel is in its memory: one that is given is put there once more.
+        true => add(&["-incoming", &format!("fd:{SAVED_STATE}")]),
+        false => add(&["-kernel", KERNEL, "-initrd", INITRAMFS, "-append", &kernel_words(machine)]),
+    }
     add(&["-chardev", "stdio,id=channel,signal=off", "-device", "virtio-serial-device"]);
     add(&["-device", "virtserialport,chardev=channel,name=tiffin"]);
     add(&["-add-fd", &format!("fd={CONSOLE},set={CONSOLE}"), "-serial", "chardev:console"]);

@@ -133,6 +133,13 @@ impl VmId {
     }
 }
 
+impl SnapshotId {
+    /// The id of those bits: for names that follow from what they are of.
+    pub fn from_bits(bits: [u8; 7]) -> Self {
+        Self(format!("snap-{}", hex::encode(bits)))
+    }
+}
+
 impl ImageId {
     /// A new id; ids made later sort later.
     pub fn random() -> Self {
@@ -187,6 +194,7 @@ mod tests {
         assert!(AccountId::random().as_str().parse::<AccountId>().is_ok());
         assert!(HostLabel::random().as_str().parse::<HostLabel>().is_ok());
         assert_ne!(VmId::random(), VmId::random());
+        assert!(SnapshotId::from_bits([0xa7; 7]).as_str().parse::<SnapshotId>().is_ok());
     }
 
     #[test]

@@ -121,6 +121,7 @@ fn machines() -> MachinesConfig {
         modules: kernel.with_file_name("modules"),
         kernel,
         kvm: false,
+        templates: 8,
     }
 }
 

@@ -222,7 +222,8 @@ impl Shared {
         Ok(delay)
     }
 
-    fn finish_start(&self, id: &VmId) -> Result<(), EngineError> {
+    /// Whether it went on from a snapshot.
+    fn finish_start(&self, id: &VmId) -> Result<bool, EngineError> {
         let mut state = self.lock();
         let mem_mb = state.vms.get(id).map(|vm| vm.spec.size.mem_mb);
         let fails = |start: &FailingStart| start.mem_mb.is_none() || start.mem_mb == mem_mb;
@@ -237,8 +238,10 @@ impl Shared {
             }
             None => {
                 vm.phase = Phase::Running;
-                (vm.memory, vm.program_runs) = vm.restore.take().unwrap_or_default();
-                Ok(())
+                let restore = vm.restore.take();
+                let from_saved = restore.is_some();
+                (vm.memory, vm.program_runs) = restore.unwrap_or_default();
+                Ok(from_saved)
             }
         }
     }
@@ -283,8 +286,8 @@ impl Engine for Fake {
             shared.pass(Call::Start).await;
             shared.finish_start(&id)
         });
-        start.await.map_err(|error| EngineError::host("starting", error))??;
-        Ok(Started { took: began.elapsed() })
+        let from_saved = start.await.map_err(|error| EngineError::host("starting", error))??;
+        Ok(Started { took: began.elapsed(), from_saved })
     }
 
     async fn program_start(&self, id: &VmId) -> Result<(), EngineError> {

@@ -107,13 +107,13 @@ pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Makes `target` what `source` is, by sharing its blocks; false where the host's filesystem can't.
-pub(super) fn share_blocks(source: &File, target: &File) -> bool {
+pub fn share_blocks(source: &File, target: &File) -> bool {
     // SAFETY: FICLONE takes the descriptor of the file to share blocks with.
     unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) == 0 }
 }
 
 /// Copies the data to an empty file, and leaves holes holes.
-pub(super) fn copy_data(source: &File, target: &File) -> io::Result<()> {
+pub fn copy_data(source: &File, target: &File) -> io::Result<()> {
     target.set_len(source.metadata()?.len())?;
     let mut position = 0;
     while let Some(data) = data_from(source, position)? {
@@ -161,7 +161,7 @@ pub fn copy_seen(from: &Path, to: Option<&Path>, mut seen: impl FnMut(u64, &[u8]
 }
 
 /// The next run of data at or after `position`; at the end there is none.
-pub(super) fn data_from(file: &File, position: u64) -> io::Result<Option<Range<u64>>> {
+pub fn data_from(file: &File, position: u64) -> io::Result<Option<Range<u64>>> {
     use nix::unistd::{Whence, lseek};
     let start = match lseek(file, i64::try_from(position).map_err(io::Error::other)?, Whence::SeekData) {
         Ok(start) => start,

@@ -13,6 +13,7 @@ use std::{
     io,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
+    time::{Duration, UNIX_EPOCH},
 };
 
 use super::disk::{PIECE, copy_data, data_from, share_blocks};
@@ -21,31 +22,38 @@ use super::disk::{PIECE, copy_data, data_from, share_blocks};
 const WRITTEN_SECTORS: usize = 6;
 const DISCARDED_SECTORS: usize = 13;
 
+/// Some ticks of the slowest clock of a kernel's.
+const TICKS: Duration = Duration::from_millis(50);
+
 /// A copy that isn't done.
 pub struct LiveCopy {
     source: File,
     target: File,
     shares_blocks: bool,
-    device: Device,
-    /// What the device had written before the copy began; `None` when it doesn't count.
+    count: Count,
+    /// What had been written before the copy began; `None` when it isn't known.
     written: Option<u64>,
 }
 
 impl LiveCopy {
-    /// Copies the disk file `disk`, whose filesystem is mounted at `mounted_at`, to the new file `to`.
+    /// Copies the disk file `disk` to the new file `to`. Where the host has mounted its filesystem, that is at `mounted_at`;
+    /// else somebody writes to the file itself.
     ///
     /// # Errors
     /// The kernel's; `AlreadyExists` when `to` is there.
-    pub fn begin(disk: &Path, mounted_at: &Path, to: &Path) -> io::Result<Self> {
-        let device = Device::below(mounted_at)?;
-        let written = device.written();
+    pub fn begin(disk: &Path, mounted_at: Option<&Path>, to: &Path) -> io::Result<Self> {
         let source = File::open(disk)?;
+        let count = match mounted_at {
+            Some(at) => Count::of_device(at)?,
+            None => Count::Times(source.try_clone()?),
+        };
+        let written = count.written();
         let target = OpenOptions::new().read(true).write(true).create_new(true).open(to)?;
         let shares_blocks = share_blocks(&source, &target);
         if !shares_blocks {
             copy_data(&source, &target)?;
         }
-        Ok(Self { source, target, shares_blocks, device, written })
+        Ok(Self { source, target, shares_blocks, count, written })
     }
 
     /// Makes the copy what the disk is now. Nobody writes to it meanwhile, and what was written is in its file.
@@ -56,29 +64,45 @@ impl LiveCopy {
         if self.shares_blocks && share_blocks(&self.source, &self.target) {
             return Ok(());
         }
-        if self.written.is_some() && self.written == self.device.written() {
+        if self.written.is_some() && self.written == self.count.written() {
             return Ok(());
         }
         copy_differences(&self.source, &self.target)
     }
 }
 
-/// A block device, by its folder in sysfs.
-struct Device(PathBuf);
+/// What tells whether something was written.
+enum Count {
+    /// The kernel's count of a block device, by its folder in sysfs.
+    Sectors(PathBuf),
+    /// The time of the last write to a file.
+    Times(File),
+}
 
-impl Device {
-    /// The one below the filesystem at `path`.
-    fn below(path: &Path) -> io::Result<Self> {
+impl Count {
+    /// That of the device below the filesystem at `path`.
+    fn of_device(path: &Path) -> io::Result<Self> {
         let id = fs::metadata(path)?.dev();
-        Ok(Self(PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(id), libc::minor(id)))))
+        Ok(Self::Sectors(PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(id), libc::minor(id)))))
     }
 
-    /// How many sectors were ever changed, if that is counted.
+    /// Another number once something was written, if that can be told.
     fn written(&self) -> Option<u64> {
-        if fs::read_to_string(self.0.join("queue/iostats")).ok()?.trim() != "1" {
-            return None;
+        match self {
+            Self::Sectors(device) => {
+                if fs::read_to_string(device.join("queue/iostats")).ok()?.trim() != "1" {
+                    return None;
+                }
+                written_sectors(&fs::read_to_string(device.join("stat")).ok()?)
+            }
+            Self::Times(file) => {
+                let changed = file.metadata().ok()?.modified().ok()?;
+                // The kernel's clock for files ticks: two writes within a tick have the same time.
+                let ticks_ago = changed.elapsed().ok()? > TICKS;
+                let since = changed.duration_since(UNIX_EPOCH).ok()?;
+                ticks_ago.then_some(u64::try_from(since.as_nanos()).ok()?)
+            }
         }
-        written_sectors(&fs::read_to_string(self.0.join("stat")).ok()?)
     }
 }
 
@@ -166,12 +190,25 @@ mod tests {
     }
 
     #[test]
+    fn a_files_time_tells_a_write_unless_it_was_a_moment_ago() {
+        let file = tempfile::tempfile().unwrap();
+        let count = Count::Times(file.try_clone().unwrap());
+        file.write_all_at(b"now", 0).unwrap();
+        assert_eq!(count.written(), None);
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(9)).unwrap();
+        let before = count.written();
+        assert_eq!((before.is_some(), count.written()), (true, before));
+        file.write_all_at(b"then", 0).unwrap();
+        assert_ne!(count.written(), before);
+    }
+
+    #[test]
     fn nothing_is_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let (disk, there) = (dir.path().join("disk"), dir.path().join("there"));
         fs::write(&disk, "new").unwrap();
         fs::write(&there, "precious").unwrap();
-        assert!(LiveCopy::begin(&disk, dir.path(), &there).is_err());
+        assert!(LiveCopy::begin(&disk, Some(dir.path()), &there).is_err());
         assert_eq!(fs::read(&there).unwrap(), b"precious");
     }
 }

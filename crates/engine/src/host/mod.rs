@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod denied;
+pub mod descriptors;
 pub mod disk;
 pub mod dns;
 pub mod filter;

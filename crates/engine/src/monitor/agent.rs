@@ -31,6 +31,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 const START_PROGRAM: Duration = Duration::from_secs(10);
 /// An answer is small; a longer one is no honest agent's.
 const MAX_ANSWER: usize = 64 * 1024;
+/// The host name of a guest that is no VM yet.
+const NOBODY: &str = "tiffin";
 /// Between two attempts to reach the agent.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -90,6 +92,15 @@ pub(super) fn identity(vm: &Vm) -> Boot {
     }
 }
 
+/// Who the guest is told to be as it boots: of one that a template is made of, nobody.
+pub(super) fn first_identity(vm: &Vm) -> Boot {
+    let own = identity(vm);
+    match &vm.launch.template {
+        None => own,
+        Some(template) => Boot { token: template.token.clone(), hostname: NOBODY.into(), resolvers: Vec::new(), ..own },
+    }
+}
+
 /// How a guest with a kernel of its own sets up its way to the gateway.
 fn link(ipv6: bool) -> Link {
     Link {
@@ -105,10 +116,11 @@ fn link(ipv6: bool) -> Link {
 
 /// Makes a guest that was saved under `old_token` this VM: asks until the agent is there and has answered.
 pub(super) fn become_this(vm: &Vm, old_token: &str, deadline: Instant) -> io::Result<()> {
-    let renew = renewal(vm, Some(hex::encode(rand::random::<[u8; 16]>())));
+    let machine_id = hex::encode(rand::random::<[u8; 16]>());
     let mut token = old_token;
     loop {
-        let asked = ask(token, Op::Renew(renew.clone()), ANSWER);
+        // Made anew each time: it tells the time.
+        let asked = ask(token, Op::Renew(renewal(vm, Some(machine_id.clone()))), ANSWER);
         match asked {
             Ok(Answer::Done) => return Ok(()),
             // An earlier request was done, and only its answer lost.

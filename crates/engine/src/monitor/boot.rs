@@ -93,7 +93,7 @@ fn report(vm: &Vm, reason: EndReason, message: &str) -> EndReport {
 fn start(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
     leave_the_host(vm)?;
     match &vm.launch.machine {
-        Some(machine) => machine::start(vm, machine, begun),
+        Some(machine) => machine::start(vm, machine, begun, deadline),
         None => start_sandbox(vm, begun, deadline),
     }
 }
@@ -143,7 +143,7 @@ fn start_sandbox(vm: &Arc<Vm>, begun: Instant, deadline: Instant) -> Step<Pid> {
 }
 
 /// Not even a power cut may bring the saved memory back once the guest has written to the disk.
-fn forget_restore(vm: &Vm) -> io::Result<()> {
+pub(super) fn forget_restore(vm: &Vm) -> io::Result<()> {
     if vm.launch.restore.is_none() {
         return Ok(());
     }
@@ -330,7 +330,7 @@ pub(super) fn listen_to(vm: &Arc<Vm>, child: &mut Child) -> Step<()> {
 ///
 /// Gives the way that it was told by: a machine takes its end for a cable that was pulled.
 pub(super) fn boot_agent(vm: &Vm, child: &mut Child) -> Step<Option<ChildStdin>> {
-    let mut line = serde_json::to_vec(&agent::identity(vm)).map_err(|e| step("the agent's boot line", e))?;
+    let mut line = serde_json::to_vec(&agent::first_identity(vm)).map_err(|e| step("the agent's boot line", e))?;
     line.push(b'\n');
     let mut stdin = child.stdin.take();
     if let Some(stdin) = &mut stdin {
@@ -342,19 +342,24 @@ pub(super) fn boot_agent(vm: &Vm, child: &mut Child) -> Step<Option<ChildStdin>>
 
 /// Makes the guest that was saved under `old_token` this VM, and then it is ready. On a thread, so that its end is noticed
 /// meanwhile.
-fn rename_guest(vm: &Arc<Vm>, old_token: String, deadline: Instant) -> Step<()> {
+pub(super) fn rename_guest(vm: &Arc<Vm>, old_token: String, deadline: Instant) -> Step<()> {
     let vm = Arc::clone(vm);
-    let rename = move || match agent::become_this(&vm, &old_token, deadline) {
-        Ok(()) => vm.ready(),
+    let rename = move || become_this(&vm, &old_token, deadline);
+    let thread = thread::Builder::new().name("renew".into()).stack_size(128 * 1024);
+    thread.spawn(rename).map(drop).map_err(|e| step("a thread", e))
+}
+
+/// Makes the guest whose agent takes `old_token` this VM, and then it is ready; or ends it.
+pub(super) fn become_this(vm: &Vm, old_token: &str, deadline: Instant) {
+    match agent::become_this(vm, old_token, deadline) {
+        Ok(()) => vm.named(),
         // The boot's watch says so.
         Err(_) if Instant::now() >= deadline => {}
         Err(error) => {
             vm.errors.line(format!("renewing the guest: {error}"));
-            vm.decide_end(EndReason::BootFailed, "the saved guest did not take its new identity");
+            vm.decide_end(EndReason::BootFailed, "the guest did not take its identity");
         }
-    };
-    let thread = thread::Builder::new().name("renew".into()).stack_size(128 * 1024);
-    thread.spawn(rename).map(drop).map_err(|e| step("a thread", e))
+    }
 }
 
 /// The launcher ends once the sandbox runs; it leaves its reason on standard error, which is the console's.

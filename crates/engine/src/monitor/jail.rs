@@ -19,6 +19,7 @@ use nix::{
 };
 use tiffin_types::id::VmId;
 
+use super::machine::lend;
 use crate::host::cgroup::Door;
 
 /// Users of machines are from here on: beyond what systems and containers give out (systemd's uids end at 0x6FFF_FFFF).
@@ -36,6 +37,8 @@ pub(super) struct Jail<'a> {
     pub(super) devices: Vec<PathBuf>,
     /// User and group.
     pub(super) user: u32,
+    /// Where what it opens for reading and writing is handed in ([`lend`](super::machine::lend)).
+    pub(super) desk: OwnedFd,
 }
 
 /// The VM's own user: the same at each start, and hardly any other's. Two that share one are still apart by their
@@ -49,15 +52,16 @@ impl Jail<'_> {
     /// Starts `command` in the jail, in the control groups behind `door`. It has standard input, output and error as the
     /// command says, and `given` from descriptor 3 on. It is process 1 of its namespace.
     pub(super) fn spawn(&self, mut command: Command, door: Door, given: Vec<OwnedFd>) -> io::Result<Child> {
-        let user = self.user;
+        let (user, desk) = (self.user, self.desk.as_raw_fd());
         let descriptors: Vec<RawFd> = given.iter().map(AsRawFd::as_raw_fd).collect();
         // SAFETY: only async-signal-safe system calls and writes to memory that is there, on descriptors that are open
         // in the parent until the spawn has returned.
         unsafe {
             command.pre_exec(move || {
                 door.enter()?;
-                hand_over(&descriptors)?;
-                become_user(user)
+                become_user(user)?;
+                lend::hand_in(desk)?;
+                hand_over(&descriptors)
             });
         }
         // The namespaces are the thread's, and end with it but for what it started.

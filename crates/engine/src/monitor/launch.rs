@@ -35,6 +35,10 @@ pub const END: &str = "end.json";
 pub const RESTORE: &str = "restore.json";
 /// The guest's saved memory and CPU state, beside [`RESTORE`].
 pub const MEMORY: &str = "memory";
+/// In [`MEMORY`], of a machine: the guest's memory.
+pub const RAM: &str = "ram";
+/// In [`MEMORY`], of a machine: the state of processor and devices.
+pub const STATE: &str = "state";
 /// The monitor's socket.
 pub const SOCKET: &str = "monitor.sock";
 /// The VM's writable layer.
@@ -82,6 +86,18 @@ pub struct Launch {
     /// What the VM's machine is made of, where it has a kernel of its own. `image` is a file then, not a folder.
     #[serde(default)]
     pub machine: Option<MachineFiles>,
+    /// Where the guest is saved to once it booted, before it is anybody's.
+    #[serde(default)]
+    pub template: Option<Template>,
+}
+
+/// A saved guest that others are to begin with.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Template {
+    /// The folder that it is saved into; it is there, and removed again if it can't be.
+    pub into: PathBuf,
+    /// The agent's secret in it.
+    pub token: String,
 }
 
 /// The host's files that a machine needs.
@@ -139,6 +155,9 @@ pub struct Restore {
     pub agent: String,
     /// The engine's release that saved it.
     pub engine_version: String,
+    /// Whether it is a template: then a guest that doesn't come up from it can boot instead.
+    #[serde(default)]
+    pub template: bool,
 }
 
 /// The monitor's process, written before its first stage ends.

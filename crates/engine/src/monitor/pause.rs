@@ -11,6 +11,7 @@
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use serde_json::json;
 use tiffin_types::vm::EndReason;
 
 use super::{agent, machine, state::Vm};
@@ -30,7 +31,7 @@ pub(super) fn pause(vm: &Vm) -> Result<(), String> {
     if vm.launch.machine.is_some() {
         // Its clock stands still with it: it is told the time when it goes on.
         vm.owe_news(true);
-        return machine::ask(vm, "stop").map_err(|e| e.to_string());
+        return machine::ask(vm, "stop", &json!({})).map_err(|e| e.to_string());
     }
     vm.set_held(Some(hold(vm)?));
     signal(vm, Signal::SIGSTOP);
@@ -40,7 +41,7 @@ pub(super) fn pause(vm: &Vm) -> Result<(), String> {
 /// Lets a paused guest go on. When it fails, nothing is known to have changed.
 pub(super) fn resume(vm: &Vm, within: Duration) -> Result<(), String> {
     if vm.launch.machine.is_some() {
-        return machine::ask(vm, "cont").map_err(|e| e.to_string());
+        return machine::ask(vm, "cont", &json!({})).map_err(|e| e.to_string());
     }
     signal(vm, Signal::SIGCONT);
     let resumed = match vm.held() {
@@ -158,7 +159,7 @@ fn go_on_or_end(vm: &Vm, within: Duration) {
 }
 
 /// Ends a guest that can't go on.
-fn end(vm: &Vm, error: &str) {
+pub(super) fn end(vm: &Vm, error: &str) {
     vm.errors.line(format!("the guest doesn't go on: {error}"));
     if vm.stop_requested() {
         // It ends by itself, or by whoever asked: that is its end's reason.

@@ -1,4 +1,5 @@
-//! Saving the guest: its memory and CPU state by the engine, its disk as a copy, of one and the same moment.
+//! Saving the guest: its memory and CPU state by the engine, its disk as a copy, of one and the same moment. That of a machine is
+//! in [`machine::save`]; this is gVisor's:
 //!
 //! ```text
 //!   copy the disk -> no open connections -> hold -> checkpoint -> settle the disk -> bring the copy up to date -> let go
@@ -11,7 +12,7 @@
 //! stop.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     path::Path,
     sync::PoisonError,
     thread,
@@ -20,7 +21,7 @@ use std::{
 
 use super::{
     launch::{DISK, MEMORY, Phase, Reply, Unsavable},
-    pause,
+    machine, pause,
     state::Vm,
 };
 use crate::{
@@ -41,7 +42,7 @@ const LOOK: Duration = Duration::from_millis(10);
 const SLOWEST: u64 = 20;
 
 /// Why a save failed.
-enum Failed {
+pub(super) enum Failed {
     Unsavable(Unsavable),
     Full,
     /// It is no longer wanted.
@@ -54,11 +55,22 @@ enum Failed {
     Host(String),
 }
 
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Unsavable(what) => f.write_str(what.state()),
+            Self::Full => f.write_str("the host's disk is full"),
+            Self::GivenUp => f.write_str("given up"),
+            Self::TimedOut { message, .. } | Self::Host(message) => f.write_str(message),
+        }
+    }
+}
+
 /// What took how long while the guest stood still.
-struct Took {
-    still: Duration,
-    checkpoint: Duration,
-    disk: Duration,
+pub(super) struct Took {
+    pub(super) still: Duration,
+    pub(super) checkpoint: Duration,
+    pub(super) disk: Duration,
 }
 
 /// Saves into the folder `into`, which is there and empty, unless `given_up` while it does.
@@ -69,7 +81,11 @@ pub(super) fn save(vm: &Vm, into: &Path, given_up: impl Fn() -> bool) -> Reply {
         return Reply::NotRunning;
     }
     let save = Save { vm, was, into, given_up: &given_up };
-    match save.run() {
+    let saved = match vm.launch.machine {
+        Some(_) => machine::save::save(vm, was, into, || save.go_on()),
+        None => save.run(),
+    };
+    match saved {
         Ok(Took { still, checkpoint, disk }) => {
             let [all, checkpoint, disk] = [still, checkpoint, disk].map(|took| took.as_secs_f64() * 1e3);
             vm.engine_log
@@ -103,7 +119,7 @@ impl Save<'_> {
         // The guest may write meanwhile: what it wrote is copied again, and the less that is, the shorter it stands still.
         let disk = self.vm.scratch("disk");
         mount::settle(&disk).map_err(host("writing the disk"))?;
-        let copy = LiveCopy::begin(&self.vm.folder.join(DISK), &disk, &self.into.join(DISK));
+        let copy = LiveCopy::begin(&self.vm.folder.join(DISK), Some(&disk), &self.into.join(DISK));
         let copy = copy.map_err(host("copying the disk"))?;
         let quiet_since = self.wait_quiet()?;
         let begun = Instant::now();
@@ -192,7 +208,7 @@ fn checkpoint(vm: &Vm, memory: &Path) -> Result<(), Failed> {
     })
 }
 
-fn host(context: &str) -> impl Fn(io::Error) -> Failed {
+pub(super) fn host(context: &str) -> impl Fn(io::Error) -> Failed {
     move |error| match error.kind() {
         io::ErrorKind::StorageFull => Failed::Full,
         _ => Failed::Host(format!("{context}: {error}")),

@@ -23,6 +23,7 @@ use super::{
     Host,
     launch::{LAUNCHER_LOG, Launch, LogKeep, Phase, SCRATCH},
     log::Log,
+    machine::Running,
     output::Output,
     pause::Held,
     rest::Rest,
@@ -69,6 +70,8 @@ pub(super) struct Vm {
     pub(super) sandbox: OnceLock<Pid>,
     /// The way to a machine's QEMU, once it greeted.
     pub(super) qmp: Mutex<Option<Qmp>>,
+    /// A machine's memory, once it runs.
+    pub(super) machine: OnceLock<Running>,
     /// How exact the sandbox's timers are.
     pub(super) rest: Rest,
     /// By what a paused guest stands still.
@@ -97,6 +100,8 @@ pub(super) struct Reach {
 #[derive(Debug)]
 struct State {
     phase: Phase,
+    /// The agent of a guest that isn't named yet is ready.
+    booted: bool,
     /// Why the monitor itself decided to end the guest.
     verdict: Option<EndReport>,
     report: Option<EndReport>,
@@ -118,6 +123,7 @@ impl Vm {
             resolver: OnceLock::new(),
             sandbox: OnceLock::new(),
             qmp: Mutex::default(),
+            machine: OnceLock::new(),
             rest: Rest::default(),
             held: Mutex::default(),
             tools: Mutex::default(),
@@ -133,7 +139,14 @@ impl Vm {
             host_addresses: host.addresses,
             denied: Mutex::new(Counts::default()),
             stop_requested: AtomicBool::new(false),
-            state: Mutex::new(State { phase: Phase::Starting, verdict: None, report: None, exit: None, waiting: 0 }),
+            state: Mutex::new(State {
+                phase: Phase::Starting,
+                booted: false,
+                verdict: None,
+                report: None,
+                exit: None,
+                waiting: 0,
+            }),
             changed: Condvar::new(),
             listeners: Mutex::default(),
         })
@@ -197,11 +210,29 @@ impl Vm {
         self.lock().phase
     }
 
-    /// The agent is ready. Only the first time counts: a guest may say it again whenever it likes.
+    /// The agent is ready. Only the first time counts: a guest may say it again whenever it likes. One that is nobody yet has to
+    /// be [`named`](Vm::named) as well.
     pub(super) fn ready(&self) {
+        match self.launch.template {
+            None => self.named(),
+            Some(_) => {
+                self.lock().booted = true;
+                self.changed.notify_all();
+            }
+        }
+    }
+
+    /// The guest knows who it is: it is up.
+    pub(super) fn named(&self) {
         if self.phase() == Phase::Starting {
             self.set_phase(Phase::Running);
         }
+    }
+
+    /// Whether the agent of a guest that is nobody yet is ready by the deadline.
+    pub(super) fn wait_booted(&self, deadline: Instant) -> bool {
+        let looked = self.wait(Some(deadline), |state| state.booted || state.phase == Phase::Ended);
+        looked.is_some_and(|state| state.booted && state.phase == Phase::Starting)
     }
 
     /// The right to pause, resume, save or change, or `None` when another has it until the deadline.

@@ -11,7 +11,7 @@ use std::{
 
 use tiffin_types::{id::VmId, vm::VmSpec};
 
-use super::{Monitored, agent, blocking, images::Images, leftovers, snapshots::Snapshots};
+use super::{Monitored, agent, blocking, images::Images, leftovers, snapshots::Snapshots, templates::Templates};
 use crate::{
     Engine, EngineError, Observed,
     host::cgroup::Cgroups,
@@ -37,6 +37,7 @@ impl Monitored {
             agent_dir: self.agent_dir.clone(),
             cgroups: self.cgroups.clone(),
             snapshots: Arc::clone(&self.snapshots),
+            templates: self.templates.clone(),
             images: Arc::clone(&self.images),
         };
         let adopted = seen.clone();
@@ -79,6 +80,7 @@ struct Sweep {
     agent_dir: PathBuf,
     cgroups: Cgroups,
     snapshots: Arc<Snapshots>,
+    templates: Option<Arc<Templates>>,
     images: Arc<Images>,
 }
 
@@ -86,6 +88,7 @@ impl Sweep {
     fn run(&self, seen: &[(VmId, Observed)]) -> io::Result<()> {
         leftovers::sweep_orphans(&self.cgroups, &self.vms);
         self.snapshots.remove_ruins()?;
+        self.templates.as_ref().map_or(Ok(()), |templates| templates.sweep())?;
         if let Err(error) = self.remove_old_agents(seen) {
             tracing::warn!("old agents stay: {error}");
         }

@@ -17,6 +17,8 @@ pub struct MachinesConfig {
     pub modules: PathBuf,
     /// Whether KVM works here: then it runs the guests' code.
     pub kvm: bool,
+    /// How many templates are kept: guests that were saved as they had booted, one for each image and size. With 0, all boot.
+    pub templates: usize,
 }
 
 /// Where things are on this host and how its VMs are run.

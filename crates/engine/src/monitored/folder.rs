@@ -11,7 +11,7 @@ use crate::{
         process::{ProcessId, boot_id},
     },
     monitor::{
-        launch::{self, DISK, END, RUN, Run, SCRATCH, SPEC},
+        launch::{self, DISK, END, RESTORE, RUN, Run, SCRATCH, SPEC},
         log::file_name,
     },
 };
@@ -44,6 +44,16 @@ fn make(dir: &Path, spec: &VmSpec, templates: &Path) -> Result<(), EngineError> 
         if error.is_full() { full() } else { EngineError::host("making the VM's disk", error) }
     })?;
     launch::write(dir, SPEC, spec, true).map_err(host)
+}
+
+/// Gives a VM that hasn't run a disk as new.
+pub(super) fn renew_disk(dir: &Path, spec: &VmSpec, templates: &Path) -> io::Result<()> {
+    launch::remove(dir, RESTORE)?;
+    launch::remove(dir, DISK)?;
+    disk::create(templates, &dir.join(DISK), spec.size.disk_mb).map_err(|error| match error.is_full() {
+        true => io::ErrorKind::StorageFull.into(),
+        false => io::Error::other(error),
+    })
 }
 
 /// Removes the folder; absent is fine.

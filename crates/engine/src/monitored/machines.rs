@@ -24,8 +24,10 @@ const ASKED: Duration = Duration::from_secs(20);
 pub(super) struct Machines {
     /// What a machine is started with.
     pub(super) files: MachineFiles,
-    /// QEMU's release and the kernel's content: what was saved by one can't be taken up by another.
-    pub(super) version: String,
+    /// QEMU's release, and what runs the guest's code: what was saved by one can't be taken up by another.
+    pub(super) release: String,
+    /// What boots, by its content: the kernel and the first files.
+    pub(super) kernel: String,
 }
 
 impl Machines {
@@ -35,7 +37,8 @@ impl Machines {
         let version = version(&config.qemu)?;
         let failed = |e: io::Error| EngineError::host("preparing the guests' kernel", e);
         let (files, name) = install(config, &host.agent, &host.data_dir.join("kernels")).map_err(failed)?;
-        Ok(Self { files, version: format!("{version} {name}") })
+        let release = format!("{version}, {}", if config.kvm { "KVM" } else { "TCG" });
+        Ok(Self { files, release, kernel: name })
     }
 }
 
@@ -49,7 +52,7 @@ pub(super) fn kinds(machines: Option<&Machines>) -> Vec<Kind> {
     let qemu = machines.map(|machines| Kind {
         name: EngineName::Qemu,
         isolation: if machines.files.kvm { Isolation::HardwareVm } else { Isolation::EmulatedVm },
-        capabilities: Capabilities { pause: true, snapshot: false },
+        capabilities: Capabilities { pause: true, snapshot: true },
     });
     [Some(gvisor), qemu].into_iter().flatten().collect()
 }

@@ -13,10 +13,13 @@ mod images;
 mod leftovers;
 mod machines;
 mod program;
+mod releases;
 mod save;
 mod snapshots;
+mod start;
 mod stream;
 mod talk;
+mod templates;
 mod uplinks;
 mod watch;
 
@@ -26,7 +29,7 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -43,18 +46,14 @@ pub use self::{
     config::{HostConfig, MachinesConfig},
 };
 use self::{
-    images::Images, leftovers::Leftovers, machines::Machines, snapshots::Snapshots, stream::GuestStream,
-    uplinks::Uplinks, watch::Watch,
+    images::Images, leftovers::Leftovers, machines::Machines, releases::Releases, snapshots::Snapshots,
+    stream::GuestStream, templates::Templates, uplinks::Uplinks, watch::Watch,
 };
 use crate::{
     Connection, Denied, Ended, Engine, EngineError, Kind, LogKind, LogTail, Observed, Saved, Started, Target,
-    host::{
-        cgroup::Cgroups,
-        disk, filter,
-        mount::{free_bytes, wait_detached},
-    },
+    host::{cgroup::Cgroups, disk, filter, mount::free_bytes},
     monitor::{
-        launch::{self, Ask, DISK, END, LAUNCH, LOGS, Launch, LogKeep, Phase, RUN, Reply, SPEC},
+        launch::{self, Ask, END, LAUNCH, LOGS, Launch, LogKeep, Phase, Reply, SPEC},
         log,
     },
 };
@@ -65,6 +64,8 @@ const MONITOR_MARGIN: Duration = Duration::from_secs(15);
 const FREEZE: Duration = Duration::from_secs(25);
 /// An answer that needs no work in the guest.
 const ANSWER: Duration = Duration::from_secs(5);
+/// The snapshots' folder in the data folder.
+const SNAPSHOTS: &str = "snapshots";
 /// Ends that nobody has asked for yet.
 const ENDS: usize = 4096;
 
@@ -75,7 +76,9 @@ pub struct Monitored {
     images: Arc<Images>,
     /// The folder that is laid over every guest's root: it holds the agent.
     agent_dir: PathBuf,
+    releases: Arc<Releases>,
     snapshots: Arc<Snapshots>,
+    templates: Option<Arc<Templates>>,
     kinds: Vec<Kind>,
     default_kind: Kind,
     machines: Option<Machines>,
@@ -115,7 +118,14 @@ impl Monitored {
         let default_kind = *kinds.iter().find(is_default).ok_or_else(|| {
             EngineError::Invalid(format!("engine = {}: this host doesn't have what it needs", config.engine.as_str()))
         })?;
+        let release = machines.as_ref().map(|machines| machines.release.clone());
+        let releases = Arc::new(Releases::new(config.runsc.clone(), release));
+        let template = |machines: &Machines| {
+            let opened = Templates::open(&config, Arc::clone(&releases), &machines.kernel, &machines.release);
+            opened.map(Arc::new).map_err(|e| EngineError::host("opening the templates' folder", e))
+        };
         Ok(Self {
+            templates: machines.as_ref().map(template).transpose()?,
             kinds,
             default_kind,
             machines,
@@ -123,8 +133,10 @@ impl Monitored {
             agent_dir: agent::install(&config.agent, &config.data_dir)
                 .map_err(|e| EngineError::host(format!("installing the agent {}", config.agent.display()), e))?,
             snapshots: Arc::new(
-                Snapshots::open(&config).map_err(|e| EngineError::host("opening the snapshots' folder", e))?,
+                Snapshots::open(config.data_dir.join(SNAPSHOTS), &config, Arc::clone(&releases))
+                    .map_err(|e| EngineError::host("opening the snapshots' folder", e))?,
             ),
+            releases,
             uplinks: Uplinks::new(config.uplinks),
             config: Arc::new(config),
             cgroups,
@@ -137,6 +149,16 @@ impl Monitored {
 
     fn folder(&self, id: &VmId) -> PathBuf {
         self.config.data_dir.join("vms").join(id.as_str())
+    }
+
+    /// Where disks as new are, to be copied.
+    fn disks(&self) -> PathBuf {
+        self.config.data_dir.join("templates")
+    }
+
+    /// The templates, where VMs of that engine have some.
+    fn templates_of(&self, engine: EngineName) -> Option<Arc<Templates>> {
+        self.templates.clone().filter(|_| engine == EngineName::Qemu)
     }
 
     /// Where the VM's program's output goes.
@@ -184,19 +206,6 @@ impl Monitored {
             process.kill();
         }
     }
-
-    async fn start_monitor(&self, id: &VmId, launch: &Launch) -> Result<(), EngineError> {
-        let dir = self.folder(id);
-        let disk = dir.join(DISK);
-        blocking(move || wait_detached(&disk, ANSWER))
-            .await
-            .map_err(|e| EngineError::host("waiting for the disk", e))?;
-        for last in [END, RUN] {
-            launch::remove(&dir, last).map_err(|e| EngineError::host("forgetting the last run", e))?;
-        }
-        launch::write(&dir, LAUNCH, launch, false).map_err(|e| host_or_full("writing the start", e))?;
-        folder::spawn_monitor(&self.config.monitor, &dir).await
-    }
 }
 
 /// Runs what blocks on a thread for that.
@@ -229,76 +238,17 @@ impl Engine for Monitored {
         self.check_room()?;
         self.images.require(&spec.image)?;
         let dir = self.folder(&spec.id);
-        let (spec, templates) = (spec.clone(), self.config.data_dir.join("templates"));
-        tokio::task::spawn_blocking(move || folder::create(&dir, &spec, &templates))
-            .await
-            .map_err(|e| EngineError::host("creating the VM's folder", e))?
+        let (spec, disks) = (spec.clone(), self.disks());
+        let templates = self.templates_of(spec.engine);
+        let make = move || match templates.map(|templates| templates.create(&spec, &dir)).transpose()? {
+            Some(true) => Ok(()),
+            Some(false) | None => folder::create(&dir, &spec, &disks),
+        };
+        tokio::task::spawn_blocking(make).await.map_err(|e| EngineError::host("creating the VM's folder", e))?
     }
 
     async fn start(&self, id: &VmId) -> Result<Started, EngineError> {
-        let begun = Instant::now();
-        let spec = self.spec(id)?;
-        match self.observe(id).await {
-            Observed::Stopped { .. } => {}
-            Observed::Running | Observed::Paused | Observed::Starting => {
-                return Err(EngineError::WrongState("running"));
-            }
-            Observed::Absent => return Err(EngineError::Absent),
-            Observed::Unknown => return Err(EngineError::WrongState("not answering")),
-        }
-        // The run before may still be cleared away.
-        if let Some(before) = self.watch(id) {
-            let over = tokio::time::timeout(MONITOR_MARGIN, before.ended()).await;
-            over.map_err(|_| EngineError::WrongState("not answering"))?;
-        }
-        self.check_room()?;
-        self.require_engine(spec.engine)?;
-        // First, as it has the engine's program asked on a thread for that where its release isn't known yet.
-        let engine_version = self.engine_version(spec.engine).await?;
-        let (restore, agent_dir) = self.restore_of(id)?;
-        let (image, machine) = match &self.machines {
-            Some(machines) if spec.engine == EngineName::Qemu => {
-                (self.images.file(&spec.image)?, Some(machines.files.clone()))
-            }
-            _ => (self.images.mounted(&spec.image, &self.folder(id)).await?, None),
-        };
-        let uplink = if spec.egress.allows_something() { Some(self.uplinks.take(id).await?) } else { None };
-        let launch = Launch {
-            engine: spec.engine,
-            spec,
-            machine,
-            image,
-            agent_dir,
-            runsc: self.config.runsc.clone(),
-            uplink,
-            uplinks: Some(self.config.uplinks),
-            resolvers: self.config.resolvers.clone(),
-            token: hex::encode(rand::random::<[u8; 32]>()),
-            boot_timeout_ms: u64::try_from(self.config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
-            engine_version,
-            log: Some(self.log_keep(id)),
-            restore,
-        };
-        if let Err(error) = self.start_monitor(id, &launch).await {
-            self.uplinks.free(id);
-            return Err(error);
-        }
-        let watch = self.follow(id);
-        watch.claim();
-        if tokio::time::timeout(self.config.boot_timeout + MONITOR_MARGIN, watch.ready()).await.is_err() {
-            self.kill_monitor(id).await;
-        }
-        match watch.ended_now() {
-            None if watch.is_ready() => {
-                watch.release();
-                Ok(Started { took: begun.elapsed() })
-            }
-            _ => {
-                let report = watch.ended().await;
-                self.log_cause(id, &report);
-                Err(EngineError::Ended(report))
-            }
-        }
+        self.start_vm(id).await
     }
 
     async fn program_start(&self, id: &VmId) -> Result<(), EngineError> {
@@ -404,6 +354,11 @@ impl Engine for Monitored {
     }
 
     async fn image_release(&self, image: &Digest) -> Result<bool, EngineError> {
+        if let Some(templates) = self.templates.clone() {
+            let image = image.clone();
+            let forgotten = tokio::task::spawn_blocking(move || templates.forget(&image)).await;
+            forgotten.map_err(|e| EngineError::host("removing an image's templates", e))?;
+        }
         self.images.let_go(image, &self.config.data_dir.join("vms")).await
     }
 

@@ -8,7 +8,7 @@ use tiffin_types::{
     vm::{EngineName, VmSpec},
 };
 
-use super::{Monitored, blocking, host_or_full, talk};
+use super::{Monitored, blocking, host_or_full, snapshots::Manner, talk};
 use crate::{
     Engine, EngineError, Observed, Saved,
     monitor::launch::{self, Ask, Launch, RESTORE, Reply, Restore},
@@ -30,7 +30,7 @@ impl Monitored {
         self.images.require(&spec.image)?;
         let (snapshots, dir, spec, snapshot) =
             (Arc::clone(&self.snapshots), self.folder(&spec.id), spec.clone(), snapshot.clone());
-        tokio::task::spawn_blocking(move || snapshots.create_from(&spec, &snapshot, &dir))
+        tokio::task::spawn_blocking(move || snapshots.create_from(&spec, &snapshot, &dir, Manner::Snapshot))
             .await
             .map_err(|e| EngineError::host("creating the VM's folder", e))?
     }
@@ -64,21 +64,22 @@ impl Monitored {
         }
     }
 
+    /// The release that would run a VM of that engine now.
     pub(super) async fn engine_version(&self, engine: EngineName) -> Result<String, EngineError> {
-        if let (EngineName::Qemu, Some(machines)) = (engine, &self.machines) {
-            return Ok(machines.version.clone());
-        }
-        let snapshots = Arc::clone(&self.snapshots);
-        let asked = tokio::task::spawn_blocking(move || snapshots.engine_version()).await;
+        let releases = Arc::clone(&self.releases);
+        let asked = tokio::task::spawn_blocking(move || releases.of(engine)).await;
         asked.map_err(|e| EngineError::host("asking runsc its release", e))?
     }
 
     /// What the VM's next start goes on from, if it does, and the folder of the agent that it is to have.
-    pub(super) fn restore_of(&self, id: &VmId) -> Result<(Option<Restore>, PathBuf), EngineError> {
+    pub(super) fn restore_of(&self, spec: &VmSpec) -> Result<(Option<Restore>, PathBuf), EngineError> {
+        let id = &spec.id;
         let restore: Option<Restore> = launch::read(&self.folder(id), RESTORE)
             .map_err(|e| EngineError::host(format!("reading what {id} goes on from"), e))?;
         let Some(restore) = restore else { return Ok((None, self.agent_dir.clone())) };
-        self.snapshots.check_release(&restore.engine_version)?;
+        if !restore.template {
+            self.releases.check(spec.engine, &restore.engine_version)?;
+        }
         let agent_dir = self.config.data_dir.join("agent").join(&restore.agent);
         Ok((Some(restore), agent_dir))
     }
@@ -100,7 +101,7 @@ impl Monitored {
             Err(_) => return Err(self.silent(id)),
         };
         let (snapshots, into, launch) = (Arc::clone(&self.snapshots), into.clone(), launch.clone());
-        let sealed = blocking(move || snapshots.seal(&into, &launch)).await;
+        let sealed = blocking(move || snapshots.seal(&into, &launch, &launch.token)).await;
         let size_bytes = sealed.map_err(|e| host_or_full("sealing the snapshot", e))?;
         Ok(Saved { size_bytes, paused })
     }

@@ -1,16 +1,14 @@
 //! Talking to a monitor: one connection, one question.
 
 use std::{
-    io::{self, IoSliceMut},
+    io,
     net::TcpStream as StdTcpStream,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, OwnedFd},
     path::Path,
     time::Duration,
 };
 
-use nix::sys::socket::{
-    self, AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, send, socket,
-};
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, send, socket};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest},
     net::{TcpStream, UnixStream},
@@ -18,6 +16,7 @@ use tokio::{
 
 use crate::{
     EngineError,
+    host::descriptors::receive,
     monitor::launch::{Ask, Reply, SOCKET},
 };
 
@@ -102,24 +101,6 @@ async fn connected(fd: OwnedFd) -> io::Result<TcpStream> {
     let stream = TcpStream::from_std(stream)?;
     stream.writable().await?;
     stream.take_error()?.map_or(Ok(stream), Err)
-}
-
-/// One message and the descriptor beside it. The monitor sends both in one call, and so they arrive.
-fn receive(socket: RawFd) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
-    let mut bytes = vec![0; 4096];
-    let mut space = nix::cmsg_space!([RawFd; 1]);
-    let (length, fd) = {
-        let mut parts = [IoSliceMut::new(&mut bytes)];
-        let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-        let fds = message.cmsgs()?.find_map(|one| match one {
-            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-            _ => None,
-        });
-        (message.bytes, fds)
-    };
-    bytes.truncate(length);
-    // SAFETY: the kernel made this descriptor for this process in recvmsg(2); nobody else owns it.
-    Ok((bytes, fd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })))
 }
 
 #[cfg(test)]

@@ -31,17 +31,18 @@ impl Qmp {
         if qmp.line(deadline)?.get("QMP").is_none() {
             return Err(io::Error::other("no greeting"));
         }
-        qmp.ask("qmp_capabilities", within)?;
+        qmp.ask("qmp_capabilities", &json!({}), within)?;
         Ok(qmp)
     }
 
-    /// Runs a command without arguments and gives what it returned.
+    /// Runs a command and gives what it returned.
     ///
     /// # Errors
     /// What QEMU said, or that it said nothing within the time.
-    pub fn ask(&mut self, command: &str, within: Duration) -> io::Result<Value> {
+    pub fn ask(&mut self, command: &str, arguments: &Value, within: Duration) -> io::Result<Value> {
         let deadline = Instant::now() + within;
-        let mut line = serde_json::to_vec(&json!({ "execute": command })).map_err(io::Error::other)?;
+        let mut line =
+            serde_json::to_vec(&json!({ "execute": command, "arguments": arguments })).map_err(io::Error::other)?;
         line.push(b'\n');
         self.stream.get_ref().set_write_timeout(Some(within))?;
         self.stream.get_mut().write_all(&line)?;
@@ -100,7 +101,7 @@ mod tests {
         let lines = "{\"QMP\":{}}\n{\"return\":{}}\n{\"event\":\"STOP\"}\n{\"return\":{\"running\":false}}\n";
         theirs.write_all(lines.as_bytes()).unwrap();
         let mut qmp = Qmp::greet(ours, SOON).unwrap();
-        assert_eq!(qmp.ask("query-status", SOON).unwrap()["running"], false);
+        assert_eq!(qmp.ask("query-status", &json!({}), SOON).unwrap()["running"], false);
     }
 
     #[test]
@@ -108,7 +109,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let lines = "{\"QMP\":{}}\n{\"return\":{}}\n{\"error\":{\"class\":\"GenericError\",\"desc\":\"not now\"}}\n";
         theirs.write_all(lines.as_bytes()).unwrap();
-        let error = Qmp::greet(ours, SOON).unwrap().ask("stop", SOON).unwrap_err();
+        let error = Qmp::greet(ours, SOON).unwrap().ask("stop", &json!({}), SOON).unwrap_err();
         assert_eq!(error.to_string(), "stop: not now");
     }
 

@@ -92,6 +92,13 @@ pub const KEYS: &[Key] = &[
         "The kernel of QEMU's VMs: an uncompressed x86-64 Linux (vmlinux) that can be entered by PVH.",
     ),
     Key::unset("qemu.modules", "modules, beside qemu.kernel", PATH, "The folder of that kernel's modules."),
+    Key::new(
+        "qemu.templates",
+        "16",
+        Allowed::Integer(0, 10_000),
+        "How many guests of QEMU's are kept as they were when they had booted, one for each image and size: VMs of that image \
+         and size begin there. The one unused for longest goes first. Each takes some 100 MiB of disk. With 0, every VM boots.",
+    ),
     Key::unset("agent", "found beside the program", PATH, "The static program that is process 1 in each guest."),
     Key::new("log.format", "text", Allowed::OneOf(&["text", "json"]), "How log lines look."),
     Key::new(

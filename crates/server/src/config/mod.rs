@@ -106,6 +106,8 @@ pub struct QemuConfig {
     pub kernel: Option<Utf8PathBuf>,
     /// That kernel's modules; beside it when not set.
     pub modules: Option<Utf8PathBuf>,
+    /// How many guests are kept as they had booted, for others to begin with.
+    pub templates: usize,
 }
 
 /// Logging.
@@ -425,6 +427,7 @@ impl Config {
                 program: values.optional_path("qemu.program")?,
                 kernel: values.optional_path("qemu.kernel")?,
                 modules: values.optional_path("qemu.modules")?,
+                templates: values.count("qemu.templates")?,
             },
             agent: values.optional_path("agent")?,
             log: LogConfig {

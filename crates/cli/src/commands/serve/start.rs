@@ -79,6 +79,7 @@ fn machines(config: &Config) -> anyhow::Result<Option<MachinesConfig>> {
         kernel: kernel.clone().into(),
         modules: qemu.modules.clone().unwrap_or_else(|| kernel.with_file_name("modules")).into(),
         kvm: kvm::works(),
+        templates: qemu.templates,
     }))
 }
 

@@ -1,4 +1,4 @@
-//! Snapshots on this host: `<data_dir>/snapshots/<id>/` with `memory/`, `disk.ext4` and, last, `manifest.json`.
+//! Snapshots in a folder of this host: `<id>/` with `memory/`, `disk.ext4` and, last, `manifest.json`.
 //!
 //! A folder without a manifest is a ruin and no snapshot. A snapshot is never changed; VMs made from it have their own copy of
 //! its disk and names of their own for its memory, so it can go at any time.
@@ -8,74 +8,65 @@
 mod manifest;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     thread,
+    time::SystemTime,
 };
 
 use tiffin_types::{
-    id::SnapshotId,
+    id::{Digest, SnapshotId},
     time::Timestamp,
-    vm::{EngineName, VmSpec},
+    vm::{EngineName, VmSize, VmSpec},
 };
 
 use self::manifest::{Key, MANIFEST, Manifest, SealedFile, damaged};
-use super::{HostConfig, folder, host_or_full};
+use super::{HostConfig, folder, host_or_full, releases::Releases};
 use crate::{
-    EngineError, gvisor,
-    host::{disk, process},
+    EngineError,
+    host::disk,
     monitor::launch::{self, DISK, Launch, MEMORY, RESTORE, Restore},
 };
-
-/// The snapshots' folder in the data folder.
-const SNAPSHOTS: &str = "snapshots";
 
 pub(super) struct Snapshots {
     dir: PathBuf,
     agents: PathBuf,
     key: Key,
-    runsc: PathBuf,
-    /// The engine's release, and the file that told it.
-    version: Mutex<Option<(Identity, String)>>,
+    releases: Arc<Releases>,
+    /// The files that are as they were sealed, if such are believed to stay so.
+    trusted: Option<Mutex<HashMap<PathBuf, Identity>>>,
 }
 
-/// What changes when a program is replaced.
-type Identity = (u64, u64, i64, i64);
+/// What changes when a file is replaced or written to.
+type Identity = (u64, u64, u64, i64, i64);
+
+/// What a VM is made of a snapshot for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// To go on from there.
+    Snapshot,
+    /// To begin there.
+    Template,
+}
 
 impl Snapshots {
     /// Opens the folder, and makes the host's key if there is none.
-    pub(super) fn open(config: &HostConfig) -> io::Result<Self> {
-        let dir = config.data_dir.join(SNAPSHOTS);
+    pub(super) fn open(dir: PathBuf, config: &HostConfig, releases: Arc<Releases>) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        Ok(Self {
-            dir,
-            agents: config.data_dir.join("agent"),
-            key: Key::open(&config.data_dir)?,
-            runsc: config.runsc.clone(),
-            version: Mutex::default(),
-        })
+        let (agents, key) = (config.data_dir.join("agent"), Key::open(&config.data_dir)?);
+        Ok(Self { dir, agents, key, releases, trusted: None })
+    }
+
+    /// Looks at the content of each file once, as long as nobody has written to it.
+    pub(super) fn trusting(self) -> Self {
+        Self { trusted: Some(Mutex::default()), ..self }
     }
 
     fn folder(&self, id: &SnapshotId) -> PathBuf {
         self.dir.join(id.as_str())
-    }
-
-    /// The release of the engine that would run a VM now.
-    pub(super) fn engine_version(&self) -> Result<String, EngineError> {
-        let meta = fs::metadata(&self.runsc).map_err(|e| EngineError::host("looking for runsc", e))?;
-        let identity = (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec());
-        let mut known = self.version.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, version)) = known.as_ref().filter(|(of, _)| *of == identity) {
-            return Ok(version.clone());
-        }
-        let said = process::run(gvisor::version(&self.runsc), "").unwrap_or_default();
-        // A runsc that can't say its release fails where it is used, with its own words.
-        let version = said.lines().next().unwrap_or_default().trim().to_owned();
-        *known = Some((identity, version.clone()));
-        Ok(version)
     }
 
     /// Makes the folder that a save goes into.
@@ -90,8 +81,8 @@ impl Snapshots {
         }
     }
 
-    /// Seals what the monitor wrote, and makes it last. Gives the room that it takes.
-    pub(super) fn seal(&self, id: &SnapshotId, launch: &Launch) -> io::Result<u64> {
+    /// Seals what the monitor wrote, of a guest whose agent takes `token`, and makes it last. Gives the room that it takes.
+    pub(super) fn seal(&self, id: &SnapshotId, launch: &Launch, token: &str) -> io::Result<u64> {
         let dir = self.folder(id);
         let mut paths = vec![DISK.to_owned()];
         for entry in fs::read_dir(dir.join(MEMORY))? {
@@ -103,10 +94,13 @@ impl Snapshots {
             let from = dir.join(path);
             let (length, hash) = hash(&self.key, &from, None)?;
             fs::File::open(&from)?.sync_all()?;
+            self.trust(&from)?;
             Ok(SealedFile { path: path.clone(), length, hash })
         })?;
         fs::File::open(dir.join(MEMORY))?.sync_all()?;
-        let agent = launch.agent_dir.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        // The agent of a machine is in its memory.
+        let agent_dir = if launch.machine.is_some() { None } else { launch.agent_dir.file_name() };
+        let agent = agent_dir.and_then(|name| name.to_str()).unwrap_or_default().to_owned();
         let spec = &launch.spec;
         let manifest = Manifest {
             snapshot: id.clone(),
@@ -117,7 +111,7 @@ impl Snapshots {
             cpu: cpu_features()?,
             image: spec.image.clone(),
             size: spec.size,
-            token: launch.token.clone(),
+            token: token.to_owned(),
             agent,
             files,
         };
@@ -128,10 +122,16 @@ impl Snapshots {
 
     /// Makes a VM's folder that the first start goes on from; the spec comes last and says that the rest is whole. On
     /// failure nothing is left.
-    pub(super) fn create_from(&self, spec: &VmSpec, id: &SnapshotId, vm: &Path) -> Result<(), EngineError> {
+    pub(super) fn create_from(
+        &self,
+        spec: &VmSpec,
+        id: &SnapshotId,
+        vm: &Path,
+        manner: Manner,
+    ) -> Result<(), EngineError> {
         let manifest = self.usable(id)?;
         fits(&manifest, spec)?;
-        let made = self.make(spec, id, &manifest, vm);
+        let made = self.make(spec, id, &manifest, vm, manner);
         if made.is_err() {
             // Already failing: what can't be removed now is a ruin that the next start of the server removes.
             let _ = folder::remove(vm);
@@ -139,13 +139,20 @@ impl Snapshots {
         made
     }
 
-    fn make(&self, spec: &VmSpec, id: &SnapshotId, manifest: &Manifest, vm: &Path) -> Result<(), EngineError> {
+    fn make(
+        &self,
+        spec: &VmSpec,
+        id: &SnapshotId,
+        manifest: &Manifest,
+        vm: &Path,
+        manner: Manner,
+    ) -> Result<(), EngineError> {
         let failed = |error| host_or_full("making the VM's folder", error);
         folder::remove(vm).map_err(failed)?;
         fs::DirBuilder::new().mode(0o700).create(vm).map_err(failed)?;
         fs::DirBuilder::new().mode(0o700).create(vm.join(MEMORY)).map_err(failed)?;
         let from = self.folder(id);
-        let wrong = each(&manifest.files, |file| take(&self.key, &from, file, vm)).map_err(failed)?;
+        let wrong = each(&manifest.files, |file| self.take(&from, file, vm)).map_err(failed)?;
         if let Some(how) = wrong.into_iter().flatten().next() {
             return Err(EngineError::BadSnapshot(damaged(&how)));
         }
@@ -153,9 +160,76 @@ impl Snapshots {
             token: manifest.token.clone(),
             agent: manifest.agent.clone(),
             engine_version: manifest.engine_version.clone(),
+            template: manner == Manner::Template,
         };
         launch::write(vm, RESTORE, &restore, false).map_err(failed)?;
         launch::write(vm, launch::SPEC, spec, true).map_err(failed)
+    }
+
+    /// Gives a VM one file of a snapshot: a copy of the disk, another name for the rest, which nobody changes. Tells what is
+    /// wrong with it.
+    fn take(&self, snapshot: &Path, file: &SealedFile, vm: &Path) -> io::Result<Option<String>> {
+        let (from, to) = (snapshot.join(&file.path), vm.join(&file.path));
+        let is_disk = file.path == DISK;
+        match fs::metadata(&from) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Some(format!("{} is missing", file.path)));
+            }
+            Err(error) => return Err(error),
+            Ok(meta) if meta.len() != file.length => return Ok(Some(format!("{} has another length", file.path))),
+            Ok(meta) if self.is_trusted(&from, &meta) => {
+                if is_disk {
+                    disk::copy_sparse(&from, &to)?;
+                }
+            }
+            Ok(_) => {
+                let (_, hash) = hash(&self.key, &from, is_disk.then_some(&to))?;
+                if hash != file.hash {
+                    return Ok(Some(format!("{} has changed", file.path)));
+                }
+                self.trust(&from)?;
+            }
+        }
+        if !is_disk && fs::hard_link(&from, &to).is_err() {
+            // Another filesystem, or one without links.
+            fs::copy(&from, &to)?;
+        }
+        Ok(None)
+    }
+
+    /// Remembers that a file is as it was sealed.
+    fn trust(&self, path: &Path) -> io::Result<()> {
+        if let Some(trusted) = &self.trusted {
+            let identity = identity(&fs::metadata(path)?);
+            trusted.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), identity);
+        }
+        Ok(())
+    }
+
+    fn is_trusted(&self, path: &Path, meta: &fs::Metadata) -> bool {
+        let Some(trusted) = &self.trusted else { return false };
+        trusted.lock().unwrap_or_else(PoisonError::into_inner).get(path) == Some(&identity(meta))
+    }
+
+    /// Whether there is one of that name, whatever its worth.
+    pub(super) fn is_whole(&self, id: &SnapshotId) -> bool {
+        self.folder(id).join(MANIFEST).exists()
+    }
+
+    /// Notes that one was used now.
+    pub(super) fn touch(&self, id: &SnapshotId) -> io::Result<()> {
+        fs::File::open(self.folder(id).join(MANIFEST))?.set_modified(SystemTime::now())
+    }
+
+    /// When one was made or used last.
+    pub(super) fn used(&self, id: &SnapshotId) -> io::Result<SystemTime> {
+        fs::metadata(self.folder(id).join(MANIFEST))?.modified()
+    }
+
+    /// The image and size of what was saved; `None` where that can't be told.
+    pub(super) fn of(&self, id: &SnapshotId) -> Option<(Digest, VmSize)> {
+        let manifest = manifest::read(&self.folder(id), &self.key, id).ok()?.ok()?;
+        Some((manifest.image, manifest.size))
     }
 
     /// The manifest of a snapshot that this host can take up.
@@ -164,36 +238,25 @@ impl Snapshots {
             .map_err(|e| EngineError::host("reading the snapshot", e))?
             .map_err(EngineError::BadSnapshot)?;
         let bad = |why: &str| Err(EngineError::BadSnapshot(why.to_owned()));
-        if manifest.engine != EngineName::Gvisor {
-            return bad("the snapshot was saved by another engine");
-        }
-        self.check_release(&manifest.engine_version)?;
+        self.releases.check(manifest.engine, &manifest.engine_version)?;
         let here = cpu_features().map_err(|e| EngineError::host("looking at the CPU", e))?;
         let missing: Vec<&str> = manifest.cpu.difference(&here).map(String::as_str).take(8).collect();
         if !missing.is_empty() {
             return bad(&format!("the snapshot was saved on a CPU that can more ({})", missing.join(", ")));
         }
-        if !self.agents.join(&manifest.agent).join(".tiffin/tiffin-agent").exists() {
+        let agent = self.agents.join(&manifest.agent).join(".tiffin/tiffin-agent");
+        if manifest.engine == EngineName::Gvisor && !agent.exists() {
             return bad("the snapshot's agent is gone from this host");
         }
         Ok(manifest)
     }
 
-    /// Refuses what another release of the engine saved.
-    pub(super) fn check_release(&self, saved_by: &str) -> Result<(), EngineError> {
-        let here = self.engine_version()?;
-        if here == saved_by {
-            return Ok(());
-        }
-        Err(EngineError::BadSnapshot(format!(
-            "the snapshot was saved by another release of the engine ({saved_by}; this is {here}), which this one can't \
-             take over from"
-        )))
-    }
-
     /// Removes a snapshot, or what is left of one; absent is fine.
     pub(super) fn remove(&self, id: &SnapshotId) -> io::Result<()> {
         let dir = self.folder(id);
+        if let Some(trusted) = &self.trusted {
+            trusted.lock().unwrap_or_else(PoisonError::into_inner).retain(|path, _| !path.starts_with(&dir));
+        }
         // First: a removal that is killed half-way leaves a ruin, not a snapshot.
         launch::remove(&dir, MANIFEST)?;
         // A save whose server was killed may still be writing.
@@ -212,7 +275,7 @@ impl Snapshots {
         let names = fs::read_dir(&self.dir)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut ids: Vec<SnapshotId> = names.filter_map(|name| name.parse().ok()).collect();
         ids.sort();
-        Ok(ids.into_iter().partition(|id| self.folder(id).join(MANIFEST).exists()))
+        Ok(ids.into_iter().partition(|id| self.is_whole(id)))
     }
 
     pub(super) fn list(&self) -> io::Result<Vec<SnapshotId>> {
@@ -248,34 +311,17 @@ fn fits(manifest: &Manifest, spec: &VmSpec) -> Result<(), EngineError> {
             return Err(EngineError::Invalid(format!("the snapshot is of a VM with {saved} {what}, not {asked}")));
         }
     }
+    if manifest.engine != spec.engine {
+        return Err(EngineError::Invalid("the snapshot is of a VM of another engine".into()));
+    }
     if manifest.image != spec.image {
         return Err(EngineError::Invalid("the snapshot is of a VM of another image".into()));
     }
     Ok(())
 }
 
-/// Gives a VM one file of a snapshot: a copy of the disk, another name for the rest, which nobody changes. Tells what is
-/// wrong with it.
-fn take(key: &Key, snapshot: &Path, file: &SealedFile, vm: &Path) -> io::Result<Option<String>> {
-    let (from, to) = (snapshot.join(&file.path), vm.join(&file.path));
-    let is_disk = file.path == DISK;
-    match fs::metadata(&from) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(Some(format!("{} is missing", file.path)));
-        }
-        Err(error) => return Err(error),
-        Ok(meta) if meta.len() != file.length => return Ok(Some(format!("{} has another length", file.path))),
-        Ok(_) => {}
-    }
-    let (_, hash) = hash(key, &from, is_disk.then_some(&to))?;
-    if hash != file.hash {
-        return Ok(Some(format!("{} has changed", file.path)));
-    }
-    if !is_disk && fs::hard_link(&from, &to).is_err() {
-        // Another filesystem, or one without links.
-        fs::copy(&from, &to)?;
-    }
-    Ok(None)
+fn identity(meta: &fs::Metadata) -> Identity {
+    (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec())
 }
 
 /// The length and the hash of a file, which is copied on the way where `to` says so.

@@ -8,7 +8,7 @@ use tiffin_types::{
     account::Scope,
     id::VmId,
     program::Program,
-    vm::{EndReason, EndReport, EngineName, VmEvent, VmState},
+    vm::{EndReason, EndReport, EngineName, ProvisionMode, VmEvent, VmState},
 };
 use tokio::sync::OwnedRwLockWriteGuard;
 
@@ -67,17 +67,17 @@ pub(super) enum From<'a> {
 pub(super) async fn bring_up(app: &App, starting: &Vm, from: From<'_>) -> Result<Vm, AppError> {
     let began = Instant::now();
     let outcome = match up(app, starting, from).await {
-        Ok(()) => commit_running(app, starting).await,
+        Ok(mode) => commit_running(app, starting, mode).await,
         Err(error) => Err(error),
     };
     note_start(&outcome, began);
     outcome
 }
 
-/// As [`bring_up`], without a change of the record.
-pub(super) async fn up(app: &App, starting: &Vm, from: From<'_>) -> Result<(), AppError> {
+/// As [`bring_up`], without a change of the record. Tells how it came up, unless it was up already.
+pub(super) async fn up(app: &App, starting: &Vm, from: From<'_>) -> Result<Option<ProvisionMode>, AppError> {
     match tokio::time::timeout(app.config.vm.start_timeout, engine_up(app, starting, from)).await {
-        Ok(Ok(())) => Ok(()),
+        Ok(Ok(mode)) => Ok(mode),
         Ok(Err(error)) => Err(AppError::from(error)),
         Err(_) => Err(AppError::Boot(too_slow(app, starting).await)),
     }
@@ -102,15 +102,15 @@ async fn make_room(app: &App, for_one: &Vm) -> bool {
 }
 
 /// VMs that were booted ahead make room for one that somebody waits for.
-async fn engine_up(app: &App, vm: &Vm, from: From<'_>) -> Result<(), EngineError> {
+async fn engine_up(app: &App, vm: &Vm, from: From<'_>) -> Result<Option<ProvisionMode>, EngineError> {
     match engine_up_once(app, vm, from).await {
         Err(EngineError::NoCapacity(_)) if make_room(app, vm).await => engine_up_once(app, vm, from).await,
         outcome => outcome,
     }
 }
 
-async fn engine_up_once(app: &App, vm: &Vm, from: From<'_>) -> Result<(), EngineError> {
-    let began = Instant::now();
+async fn engine_up_once(app: &App, vm: &Vm, from: From<'_>) -> Result<Option<ProvisionMode>, EngineError> {
+    let (began, mut mode) = (Instant::now(), None);
     if !goes_on(app, vm, from).await? {
         match (from, &vm.snapshot_id) {
             (From::Snapshot, Some(snapshot)) => app.engine.create_from(&spec_of(vm), snapshot).await?,
@@ -120,7 +120,8 @@ async fn engine_up_once(app: &App, vm: &Vm, from: From<'_>) -> Result<(), Engine
             (From::Snapshot, None) | (From::Itself, _) => app.engine.create(&spec_of(vm)).await?,
         }
         fault::point("after_engine_create");
-        app.engine.start(&vm.id).await?;
+        let started = app.engine.start(&vm.id).await?;
+        mode = Some(if started.from_saved { ProvisionMode::Snapshot } else { ProvisionMode::Boot });
         fault::point("after_engine_start");
     }
     if vm.service.is_some() {
@@ -128,7 +129,7 @@ async fn engine_up_once(app: &App, vm: &Vm, from: From<'_>) -> Result<(), Engine
         fault::point("after_program_start");
     }
     tracing::info!(vm_id = %vm.id, took_ms = began.elapsed().as_millis(), "VM {} is up", vm.id);
-    Ok(())
+    Ok(mode)
 }
 
 /// Lets a cached VM go on that was prepared; whether it was.
@@ -143,9 +144,11 @@ async fn goes_on(app: &App, vm: &Vm, from: From<'_>) -> Result<bool, EngineError
     Ok(prepared)
 }
 
-pub(super) async fn commit_running(app: &App, starting: &Vm) -> Result<Vm, AppError> {
+/// Takes a VM that is up to RUNNING; `mode` says how it came up, unless its record does.
+pub(super) async fn commit_running(app: &App, starting: &Vm, mode: Option<ProvisionMode>) -> Result<Vm, AppError> {
     fault::point("before_running_commit");
-    let running = app.store.vm_transition(&starting.id, VmState::Starting, VmEvent::Ready, Change::default()).await?;
+    let change = Change { provision_mode: mode, ..Change::default() };
+    let running = app.store.vm_transition(&starting.id, VmState::Starting, VmEvent::Ready, change).await?;
     fault::point("after_running_commit");
     // It was deleted while it came up.
     running.ok_or(AppError::NotFound("VM"))

@@ -46,5 +46,5 @@ pub(crate) async fn finish_start(app: &App, starting: &Vm, observed: &Observed) 
         app.engine.resume(&starting.id).await?;
     }
     app.engine.program_start(&starting.id).await?;
-    commit_running(app, starting).await
+    commit_running(app, starting, None).await
 }
