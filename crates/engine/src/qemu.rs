@@ -9,6 +9,7 @@
 //! descriptors. With working KVM its guests are hardware-isolated; without, the processor is emulated (TCG), which QEMU's
 //! own security policy doesn't count as a boundary: it is confined as if it were the guest's (`monitor/jail.rs`).
 
+pub mod clock;
 pub mod initramfs;
 pub mod qmp;
 
@@ -51,6 +52,14 @@ pub const OVERHEAD_MB: u64 = 192;
 /// How much translated code is kept, in MiB.
 const TRANSLATED_MB: u32 = 64;
 
+/// The emulated processor: all that QEMU can do, but
+/// * of Intel's, whose counters Linux takes for steady: of QEMU's own AMD it believes that they differ, measures each
+///   processor by waiting, and lives by the tick, without a clock finer than 4 ms;
+/// * without `rep movsb` said to be fast, which copies byte by byte here;
+/// * without `monitor`, for which an idle processor would spin;
+/// * with page tables of four levels: a fifth is one more to walk.
+const PROCESSOR: &str = "max,vendor=GenuineIntel,family=6,model=60,stepping=4,-erms,-fsrm,-monitor,-la57";
+
 /// What a machine is made of, beside what stands in its descriptors.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine<'a> {
@@ -60,7 +69,7 @@ pub struct Machine<'a> {
     pub kvm: bool,
     /// The network device's address.
     pub mac: &'a str,
-    /// The host's time stamp counter's rate in kHz, where it is known: a busy host is too slow to measure it.
+    /// The host's time stamp counter's rate in kHz, where it is steady.
     pub tsc_khz: Option<u64>,
     /// Whether it goes on from a saved state, instead of booting. Its memory is a saved one then, which stays as it is.
     pub saved: bool,
@@ -77,7 +86,7 @@ pub fn arguments(machine: &Machine) -> Vec<OsString> {
     add(&["-machine", machine_type]);
     match machine.kvm {
         true => add(&["-accel", "kvm", "-cpu", "host"]),
-        false => add(&["-accel", &format!("tcg,thread=multi,tb-size={TRANSLATED_MB}"), "-cpu", "max"]),
+        false => add(&["-accel", &format!("tcg,thread=multi,tb-size={TRANSLATED_MB}"), "-cpu", PROCESSOR]),
     }
     add(&["-smp", &machine.size.cpus.to_string(), "-m", &format!("{}M", machine.size.mem_mb)]);
     add(&["-rtc", "base=utc,clock=host"]);
@@ -117,22 +126,14 @@ fn kernel_words(machine: &Machine) -> String {
     let mut words = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=t mitigations=off pci=off audit=0 \
                      random.trust_cpu=on net.ifnames=0"
         .to_owned();
-    if let Some(khz) = machine.tsc_khz {
-        words += &format!(" tsc_early_khz={khz}");
+    if !machine.kvm {
+        // What it would check are its own algorithms, and whether timers work.
+        words += " cryptomgr.notests no_timer_check";
+    }
+    if let Some(khz) = machine.tsc_khz.filter(|_| !machine.kvm) {
+        words += &format!(" tsc_early_khz={khz} tsc=reliable");
     }
     words
-}
-
-/// The rate of the host's time stamp counter in kHz, as `/proc/cpuinfo` has it: near enough to begin with.
-pub fn tsc_khz() -> Option<u64> {
-    read_tsc_khz(&std::fs::read_to_string("/proc/cpuinfo").ok()?)
-}
-
-fn read_tsc_khz(cpuinfo: &str) -> Option<u64> {
-    let mhz = cpuinfo.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split_once(':'))?.1;
-    let (whole, part) = mhz.trim().split_once('.')?;
-    let thousandths: u64 = part.get(..3)?.parse().ok()?;
-    whole.parse::<u64>().ok()?.checked_mul(1000)?.checked_add(thousandths)
 }
 
 /// The release that `qemu --version` tells.
@@ -152,9 +153,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clocks_rate_is_read() {
-        assert_eq!(read_tsc_khz("processor\t: 0\ncpu MHz\t\t: 2596.130\n"), Some(2_596_130));
-        assert_eq!(read_tsc_khz("processor\t: 0\n"), None);
+    fn a_guest_is_told_of_a_steady_counter_that_it_is_one() {
+        let size = VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 };
+        let machine = Machine { size, kvm: false, mac: "", tsc_khz: Some(2_596_130), saved: false };
+        assert!(kernel_words(&machine).ends_with(" tsc_early_khz=2596130 tsc=reliable"));
+        assert!(!kernel_words(&Machine { tsc_khz: None, ..machine }).contains("tsc"));
+        // KVM's guests have a clock of KVM's.
+        assert!(!kernel_words(&Machine { kvm: true, ..machine }).contains("tsc"));
     }
 
     #[test]

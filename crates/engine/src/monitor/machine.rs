@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     host::network::{self, GUEST_MAC},
-    qemu::{self, INITRAMFS, KERNEL, Machine, OVERHEAD_MB, qmp::Qmp},
+    qemu::{self, INITRAMFS, KERNEL, Machine, OVERHEAD_MB, clock::Look, qmp::Qmp},
 };
 
 /// How long QEMU has for a word that needs no work.
@@ -56,6 +56,8 @@ pub(super) struct Running {
 
 pub(super) fn start(vm: &Arc<Vm>, files: &MachineFiles, begun: Instant, deadline: Instant) -> Step<Pid> {
     let reached = |what: &str| vm.engine_log.line(format!("{what} after {} ms", begun.elapsed().as_millis()));
+    let saved = vm.launch.restore.as_ref();
+    let counter = if saved.is_some() { None } else { Look::now() };
     vm.group.create(vm.launch.spec.size, OVERHEAD_MB).map_err(|e| step("the control groups", e))?;
     vm.note_oom_kills();
     let (filter, tap) = thread::scope(|scope| {
@@ -66,7 +68,6 @@ pub(super) fn start(vm: &Arc<Vm>, files: &MachineFiles, begun: Instant, deadline
     });
     let tap = tap?;
     boot::watch_denied(vm, filter?)?;
-    let saved = vm.launch.restore.as_ref();
     let size = vm.launch.spec.size;
     let folder = vm.folder.join(MEMORY);
     let memory = match saved {
@@ -88,7 +89,9 @@ pub(super) fn start(vm: &Arc<Vm>, files: &MachineFiles, begun: Instant, deadline
     if saved.is_some() {
         given.push(open(&folder.join(STATE), false)?);
     }
-    let machine = Machine { size, kvm: files.kvm, mac: GUEST_MAC, tsc_khz: qemu::tsc_khz(), saved: !memory.is_own() };
+    // One that goes on has known it since it booted.
+    let tsc_khz = counter.and_then(Look::khz);
+    let machine = Machine { size, kvm: files.kvm, mac: GUEST_MAC, tsc_khz, saved: saved.is_some() };
     let mut child = spawn(vm, files, &machine, given, &memory)?;
     let pid = i32::try_from(child.id()).map(Pid::from_raw).map_err(|e| step("QEMU's pid", e))?;
     let _ = vm.machine.set(Running { memory, pen });
