@@ -2,7 +2,7 @@
 //! VM's disk over the image and goes on as the process 1 of that root.
 //!
 //! ```text
-//!   /init -> /agent/.tiffin/tiffin-agent     /modules/order: names of files there, in the order to load them
+//!   /init -> /agent/.tiffin/tiffin-agent     /modules/order, beside: names of files there, in the order to load them
 //!   /dev/vda: the image, EROFS               /dev/vdb: the VM's disk, ext4
 //!   root: overlay of /agent over the image, written to the disk's `upper`
 //! ```
@@ -12,14 +12,15 @@
 
 use std::{
     convert::Infallible,
-    ffi::CString,
     fs::{self, File},
     io,
-    os::fd::AsRawFd,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        LazyLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -57,6 +58,22 @@ pub fn is_bare() -> bool {
     BARE.load(Ordering::Relaxed)
 }
 
+/// Whether the guest's processor is emulated by QEMU, by the name that it tells of its hypervisor.
+pub fn is_emulated() -> bool {
+    is_bare() && *EMULATED
+}
+
+#[cfg(target_arch = "x86_64")]
+static EMULATED: LazyLock<bool> = LazyLock::new(|| {
+    // SAFETY: every x86-64 processor has the instruction; one without this leaf tells something else.
+    #[allow(unused_unsafe, reason = "newer compilers know that it is safe")]
+    let told = unsafe { std::arch::x86_64::__cpuid(0x4000_0000) };
+    [told.ebx, told.ecx, told.edx].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"]
+});
+
+#[cfg(not(target_arch = "x86_64"))]
+static EMULATED: LazyLock<bool> = LazyLock::new(|| false);
+
 /// Sets the root up and goes on there; returns only when it can't.
 ///
 /// # Errors
@@ -66,7 +83,9 @@ pub fn set_up_root() -> Result<Infallible, String> {
     for (at, kind) in [("/dev", "devtmpfs"), ("/proc", "proc"), ("/sys", "sysfs")] {
         mount_at(kind, kind, at, MsFlags::empty(), "").map_err(|e| named(at, e))?;
     }
-    load_modules(Path::new("/modules"))?;
+    // On a second processor, where there is one; what both lists need, the kernel loads once.
+    let beside = std::thread::spawn(|| load_modules("beside"));
+    load_modules("order")?;
     let (image, disk) = (appears("/dev/vda")?, appears("/dev/vdb")?);
     mount_at(&image, "erofs", "/image", MsFlags::MS_RDONLY | MsFlags::MS_NODEV, "")
         .map_err(|e| named("the image", e))?;
@@ -75,6 +94,7 @@ pub fn set_up_root() -> Result<Infallible, String> {
     for folder in ["/disk/upper", "/disk/work"] {
         fs::create_dir_all(folder).map_err(|e| named(folder, e))?;
     }
+    beside.join().map_err(|_| "the thread that loads modules panicked")??;
     let layers =
         "lowerdir=/agent:/image,upperdir=/disk/upper,workdir=/disk/work,metacopy=off,redirect_dir=off,index=off";
     mount_at("tiffin", "overlay", "/root", MsFlags::MS_NODEV, layers).map_err(|e| named("the root", e))?;
@@ -103,24 +123,43 @@ fn mount_at(source: &str, kind: &str, at: &str, flags: MsFlags, options: &str) -
     Ok(mount(Some(source), at, Some(kind), flags, Some(options))?)
 }
 
-/// Loads what `order` names, in its order.
-fn load_modules(folder: &Path) -> Result<(), String> {
-    let order = fs::read_to_string(folder.join("order")).map_err(|e| format!("the list of modules: {e}"))?;
+/// Loads what a list names, in its order.
+fn load_modules(list: &str) -> Result<(), String> {
+    let folder = Path::new("/modules");
+    let order = fs::read_to_string(folder.join(list)).map_err(|e| format!("the list of modules: {e}"))?;
     for name in order.lines() {
         load_module(&folder.join(name)).map_err(|e| format!("the module {name}: {e}"))?;
     }
     Ok(())
 }
 
+/// Loads a module without its signature, whose check takes an emulated processor as long as the rest: it comes from the
+/// host, as the kernel does. A kernel that wants it gets it.
 fn load_module(path: &Path) -> io::Result<()> {
-    let file = File::open(path)?;
-    let parameters = CString::default();
-    // SAFETY: finit_module(2) reads from an open file and a string of no bytes.
-    let loaded = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) };
+    let module = fs::read(path)?;
+    let bare = without_signature(&module);
+    init_module(bare).or_else(|error| if bare.len() < module.len() { init_module(&module) } else { Err(error) })
+}
+
+fn init_module(module: &[u8]) -> io::Result<()> {
+    // SAFETY: init_module(2) reads from memory of that length, and a string of no bytes.
+    let loaded = unsafe { libc::syscall(libc::SYS_init_module, module.as_ptr(), module.len(), c"".as_ptr()) };
     match io::Error::last_os_error() {
         error if loaded != 0 && error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),
     }
+}
+
+/// What stands before a module's signature (`struct module_signature` of Linux): the length of that is in the four bytes
+/// before the mark at the end, the last of twelve.
+fn without_signature(module: &[u8]) -> &[u8] {
+    let bare = || {
+        let rest = module.strip_suffix(b"~Module signature appended~\n")?;
+        let (_, length) = rest.split_last_chunk()?;
+        let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+        rest.get(..rest.len().checked_sub(12)?.checked_sub(length)?)
+    };
+    bare().unwrap_or(module)
 }
 
 /// Waits until the device is there.
@@ -149,5 +188,25 @@ fn port() -> io::Result<File> {
             return Err(io::ErrorKind::NotFound.into());
         }
         std::thread::sleep(STEP);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signature_is_left_out_and_what_is_none_stays() {
+        let signed = |length: u32| {
+            let mut module = b"module and signature".to_vec();
+            module.extend([0, 0, 2, 0, 0, 0, 0, 0]);
+            module.extend(length.to_be_bytes());
+            module.extend(b"~Module signature appended~\n");
+            module
+        };
+        assert_eq!(without_signature(&signed(14)), b"module");
+        for none in [&signed(21)[..], b"module", b"~Module signature appended~\n", b""] {
+            assert_eq!(without_signature(none), none);
+        }
     }
 }

@@ -44,6 +44,8 @@ pub struct Plan<'a> {
     pub control: Option<&'a OwnedFd>,
     /// Where to write `0` to enter the command's groups.
     pub groups: [Option<RawFd>; 2],
+    /// Whether it has its memory at the same addresses as every such process: an emulator translates its code anew else.
+    pub same_addresses: bool,
 }
 
 /// Why nothing was started.
@@ -81,6 +83,7 @@ struct Orders {
     terminal: bool,
     control: Option<RawFd>,
     groups: [Option<RawFd>; 2],
+    same_addresses: bool,
     failed_at: AtomicI32,
     errno: AtomicI32,
 }
@@ -102,6 +105,7 @@ pub fn spawn(plan: &Plan<'_>, child: &Child) -> Result<(), SpawnError> {
         terminal: matches!(plan.streams, ChildEnds::Terminal(_)),
         control: plan.control.map(AsRawFd::as_raw_fd),
         groups: plan.groups,
+        same_addresses: plan.same_addresses,
         failed_at: AtomicI32::new(STARTED),
         errno: AtomicI32::new(0),
     };
@@ -183,6 +187,9 @@ unsafe fn become_program(orders: &Orders) -> c_int {
             || libc::syscall(libc::SYS_setresuid, orders.uid, orders.uid, orders.uid) != 0
         {
             return AT_SETUP;
+        }
+        if orders.same_addresses {
+            libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong);
         }
         execute(orders)
     }

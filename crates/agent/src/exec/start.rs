@@ -13,6 +13,7 @@ use super::program::{self, Program};
 use super::spawn::{self, Plan, SpawnError};
 use super::streams::{self, AgentEnds, ChildEnds};
 use super::{Guest, end, internal, no_room, terminal};
+use crate::init;
 use crate::jobs::Job;
 use crate::reaper::Child;
 use crate::request::failure;
@@ -114,6 +115,7 @@ pub fn start_afresh(guest: &Guest, exec: &Exec, login: Login, control: Option<&O
         streams: &child_ends,
         control,
         groups: guest.jobs.entries(job.as_ref()),
+        same_addresses: init::is_emulated(),
     };
     let started = Instant::now();
     match spawn::spawn(&plan, &child) {

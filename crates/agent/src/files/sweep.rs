@@ -46,6 +46,7 @@ fn start_and_wait(guest: &Guest, files: &Files) -> Result<(), String> {
         streams: &streams,
         control: None,
         groups: guest.jobs.entries(job.as_ref()),
+        same_addresses: false,
     };
     let child = guest.reaper.expect().map_err(|error| error.to_string())?;
     let ran = spawn(&plan, &child).map_err(|error| error.to_string());

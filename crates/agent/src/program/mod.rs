@@ -181,6 +181,7 @@ fn launch(guest: &Guest, asked: &Asked) -> Result<(Child, AgentEnds), Failure> {
         streams: &child_ends,
         control: None,
         groups: guest.jobs.entries(job.as_ref()),
+        same_addresses: false,
     };
     let spawned = spawn::spawn(&plan, &child);
     if spawned.is_err()

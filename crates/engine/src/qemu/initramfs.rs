@@ -10,9 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What a machine's devices and root need, beside what those need themselves. What a kernel has built in is left out.
-const MODULES: [&str; 7] =
-    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "erofs", "overlay"];
+/// What a machine's devices and root need, beside what those need themselves, in two lists that are loaded beside each other:
+/// what leads to its filesystems, and the rest. What a kernel has built in is left out.
+const MODULES: [(&str, &[&str]); 2] = [
+    ("order", &["virtio_mmio", "virtio_blk", "erofs"]),
+    ("beside", &["overlay", "virtio_net", "virtio_console", "virtio_rng"]),
+];
 
 /// Folders deeper than this below a kernel's modules are no kernel's.
 const DEPTH: usize = 12;
@@ -28,12 +31,29 @@ pub fn write(agent: &Path, modules: &Path, to: &mut impl Write) -> io::Result<()
     }
     archive.add("agent/.tiffin/tiffin-agent", 0o100_755, &named(agent, fs::read(agent))?)?;
     archive.add("init", 0o120_777, b"/agent/.tiffin/tiffin-agent")?;
-    let mut order = String::new();
-    for (name, path) in in_order(modules)? {
-        archive.add(&format!("modules/{name}.ko"), 0o100_644, &named(&path, fs::read(&path))?)?;
-        order += &format!("{name}.ko\n");
+    let mut written = Vec::new();
+    for (list, names) in MODULES {
+        let mut order = String::new();
+        for (name, path) in in_order(modules, names)? {
+            order += &format!("{name}.ko\n");
+            // What both lists need is in both, and once here.
+            if !written.contains(&name) {
+                archive.add(&format!("modules/{name}.ko"), 0o100_644, &named(&path, fs::read(&path))?)?;
+                written.push(name);
+            }
+        }
+        archive.add(&format!("modules/{list}"), 0o100_644, order.as_bytes())?;
     }
-    archive.add("modules/order", 0o100_644, order.as_bytes())?;
+    archive.add("TRAILER!!!", 0, &[])
+}
+
+/// Writes an archive of one program, the `/init`: the least that a kernel boots with.
+///
+/// # Errors
+/// What can't be written.
+pub fn write_least(init: &[u8], to: &mut impl Write) -> io::Result<()> {
+    let mut archive = Archive { to, inode: 0 };
+    archive.add("init", 0o100_755, init)?;
     archive.add("TRAILER!!!", 0, &[])
 }
 
@@ -41,12 +61,12 @@ fn named<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
 }
 
-/// The modules that are needed, each after those that it needs.
-fn in_order(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+/// The modules of those names, each after those that it needs.
+fn in_order(folder: &Path, names: &[&str]) -> io::Result<Vec<(String, PathBuf)>> {
     let mut found = BTreeMap::new();
     find(folder, DEPTH, &mut found)?;
     let mut order = Vec::new();
-    for name in MODULES {
+    for name in names {
         add(name, &found, &mut order, DEPTH)?;
     }
     Ok(order)
@@ -144,10 +164,12 @@ mod tests {
             ("virtio.ko", "virtio_ring"),
             ("virtio-rng.ko", "virtio"),
             ("virtio_blk.ko", "virtio,virtio-ring"),
+            ("other.ko", ""),
         ] {
             fs::write(deep.join(name), module(needs)).unwrap();
         }
-        let order: Vec<String> = in_order(dir.path()).unwrap().into_iter().map(|(name, _)| name).collect();
+        let names = ["virtio_blk", "virtio_rng", "built_in"];
+        let order: Vec<String> = in_order(dir.path(), &names).unwrap().into_iter().map(|(name, _)| name).collect();
         assert_eq!(order, ["virtio_ring", "virtio", "virtio_blk", "virtio_rng"]);
     }
 
@@ -156,7 +178,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("erofs.ko"), module("overlay")).unwrap();
         fs::write(dir.path().join("overlay.ko"), module("erofs")).unwrap();
-        assert!(in_order(dir.path()).unwrap_err().to_string().contains("needs itself"));
+        assert!(in_order(dir.path(), &["erofs"]).unwrap_err().to_string().contains("needs itself"));
     }
 
     #[test]
@@ -187,6 +209,8 @@ mod tests {
             }
             rest = &rest[(content + size).next_multiple_of(4)..];
         }
-        assert!(names.contains(&"init".to_owned()) && names.contains(&"modules/order".to_owned()), "{names:?}");
+        for needed in ["init", "modules/order", "modules/beside"] {
+            assert!(names.iter().any(|name| name == needed), "{names:?}");
+        }
     }
 }
