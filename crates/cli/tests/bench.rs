@@ -76,6 +76,16 @@ fn a_refused_create_of_a_burst_is_no_failure_and_an_error_is() {
 }
 
 #[test]
+fn where_there_are_no_vms_of_qemus_they_are_passed_over_with_a_word() {
+    let refusal =
+        Answer::json(400, json!({"message": "engine: this host has gvisor alone", "code": "invalid_parameter"}));
+    let (out, report) = bench(&server(refusal, Answer::empty(204)), "qemu");
+    assert!(out.status.success(), "{report:#}");
+    let told = report["scenarios"][0]["notes"][0].as_str().unwrap();
+    assert!(told.starts_with("skipped") && told.contains("gvisor alone"), "{told}");
+}
+
+#[test]
 fn what_a_failing_scenario_created_is_deleted() {
     let server = server(created(), Answer::json(500, json!({"message": "broken", "code": "internal"})));
     let (out, report) = bench(&server, "density");

@@ -1,4 +1,4 @@
-//! `tiffin bench`: measures a running server over HTTP, and `runsc` itself beside it in the same run.
+//! `tiffin bench`: measures a running server over HTTP, and `runsc` and QEMU themselves beside it in the same run.
 //!
 //! Machines differ and are noisy, so the figures that count are ratios: each measurement of the platform alternates
 //! with one of `runsc` on the same image, and both see the same machine. Every loop is bounded in count and time.
@@ -13,6 +13,7 @@ mod exec;
 mod files;
 mod host;
 mod logs;
+mod machine;
 mod pool;
 mod program;
 mod raw;
@@ -30,6 +31,7 @@ use std::{
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use tiffin_engine::qemu::QEMU;
 
 use crate::{
     args::Connection,
@@ -38,7 +40,7 @@ use crate::{
     output::{self, Spinner},
 };
 use api::Api;
-use raw::Raw;
+use raw::{Raw, RawMachine};
 use report::{Environment, Report, Scenario};
 
 /// How long one scenario may take before what it has is taken.
@@ -69,6 +71,12 @@ pub(crate) struct BenchArgs {
     /// The runsc to measure
     #[arg(long, value_name = "FILE", env = "TIFFIN_RUNSC")]
     runsc: Option<PathBuf>,
+    /// The kernel that QEMU itself boots: the server's setting `qemu.kernel`
+    #[arg(long, value_name = "FILE", env = "TIFFIN_QEMU__KERNEL")]
+    kernel: Option<PathBuf>,
+    /// The QEMU to measure
+    #[arg(long, value_name = "FILE", env = "TIFFIN_QEMU__PROGRAM", default_value = QEMU)]
+    qemu: PathBuf,
     /// For the scenario `program`: an image whose program prints as fast as it can for some seconds
     #[arg(long, value_name = "ID")]
     program_image: Option<String>,
@@ -85,6 +93,8 @@ enum Which {
     Pool,
     /// A command in a running VM
     Exec,
+    /// VMs of QEMU's, where the server has them: their boot against QEMU itself, and a command beside gVisor's
+    Qemu,
     /// Saving a VM and going on from it
     Snapshot,
     /// A TypeScript program in a running VM
@@ -103,14 +113,23 @@ enum Which {
 
 impl Which {
     /// What is measured when nothing is chosen: all that wants a server without a pool.
-    const USUAL: [Which; 7] =
-        [Which::Tti, Which::Exec, Which::Snapshot, Which::Script, Which::Files, Which::Burst, Which::Density];
+    const USUAL: [Which; 8] = [
+        Which::Tti,
+        Which::Exec,
+        Which::Qemu,
+        Which::Snapshot,
+        Which::Script,
+        Which::Files,
+        Which::Burst,
+        Which::Density,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Which::Tti => "tti",
             Which::Pool => "pool",
             Which::Exec => "exec",
+            Which::Qemu => "qemu",
             Which::Snapshot => "snapshot",
             Which::Script => "script",
             Which::Files => "files",
@@ -130,6 +149,8 @@ struct Bench {
     api: Api,
     /// `Err` says why runsc isn't measured.
     raw: Result<Raw, String>,
+    /// `Err` says why QEMU itself isn't.
+    machine: Result<RawMachine, String>,
     data_dir: PathBuf,
     program_image: Option<String>,
     quick: bool,
@@ -160,8 +181,12 @@ pub(crate) async fn run(args: BenchArgs) -> Result<ExitCode, Failure> {
     client.get("/v1/vms").await?;
     let raw =
         if args.no_raw { Err("--no-raw".to_owned()) } else { Raw::new(&args).await.map_err(|e| format!("{e:#}")) };
+    let machine = match args.no_raw {
+        true => Err("--no-raw".to_owned()),
+        false => RawMachine::new(&args).map_err(|e| format!("{e:#}")),
+    };
     let (data_dir, program_image) = (args.data_dir.clone(), args.program_image.clone());
-    let bench = Bench { api: Api::new(client), raw, data_dir, program_image, quick: args.quick };
+    let bench = Bench { api: Api::new(client), raw, machine, data_dir, program_image, quick: args.quick };
     let chosen = if args.scenarios.is_empty() { Which::USUAL.to_vec() } else { args.scenarios.clone() };
     let mut report = Report { environment: Environment::read(&bench).await, scenarios: Vec::new() };
     for which in chosen {
@@ -184,6 +209,7 @@ async fn measure(bench: &Bench, which: Which) -> Result<Scenario, Failure> {
             Which::Tti => tti::run(bench).await,
             Which::Pool => pool::run(bench).await,
             Which::Exec => exec::run(bench).await,
+            Which::Qemu => machine::run(bench).await,
             Which::Snapshot => snapshot::run(bench).await,
             Which::Script => script::run(bench).await,
             Which::Files => files::run(bench).await,

@@ -7,6 +7,7 @@
 //! `/proc/sys/net`, in a mount namespace of its own, because some kernels show the host's settings in every namespace
 //! and `runsc` takes that for the host's network.
 
+mod machine;
 mod snapshot;
 mod tar;
 
@@ -24,6 +25,7 @@ use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, process::Command, time::timeout};
 
 use super::BenchArgs;
+pub(super) use machine::RawMachine;
 pub(super) use tar::Tar;
 
 /// Bound on every call of `runsc`.

@@ -1,0 +1,175 @@
+//! QEMU itself, without the platform: the same program, kernel, processor, memory and devices as a VM of the platform's, with
+//! an init that says a word on the console and ends the machine.
+//!
+//! Its network device leads nowhere, and nobody talks to its control socket; all else is the platform's own command line.
+
+use std::{
+    cell::OnceCell,
+    ffi::OsString,
+    fs::File,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use tempfile::TempDir;
+use tiffin_engine::qemu::{self, INITRAMFS, KERNEL, clock::Look, initramfs};
+use tiffin_types::vm::VmSize;
+use tokio::{io::AsyncReadExt, process::Command, time::timeout};
+
+use super::{CALL_LIMIT, default_image};
+use crate::bench::BenchArgs;
+
+const WORD: &[u8] = b"up\n";
+
+/// Gives QEMU the descriptors that its command line names: image and disk of the arguments, the console on the pipe that is its
+/// standard error. `$0` is the image, `$1` the disk.
+const WITH_DESCRIPTORS: &str = "image=$0 disk=$1; shift; exec \"$@\" 5<\"$image\" 6<>\"$disk\" 7>&2 2>/dev/null";
+
+/// A file system's worth of zeros.
+const DISK_BYTES: u64 = 1 << 30;
+
+/// What a machine is booted with.
+pub(in crate::bench) struct RawMachine {
+    qemu: PathBuf,
+    kernel: PathBuf,
+    image: PathBuf,
+    folder: TempDir,
+    tsc_khz: OnceCell<Option<u64>>,
+}
+
+impl RawMachine {
+    /// Finds kernel and image.
+    pub(in crate::bench) fn new(args: &BenchArgs) -> anyhow::Result<Self> {
+        let kernel = args.kernel.clone().context("no kernel was named (--kernel)")?;
+        ensure!(kernel.is_file(), "there is no kernel {}", kernel.display());
+        let image = match &args.rootfs {
+            Some(path) => path.clone(),
+            None => default_image(&args.data_dir)?,
+        };
+        let folder = tempfile::Builder::new().prefix("tiffin-bench-").tempdir()?;
+        File::create(folder.path().join("disk"))?.set_len(DISK_BYTES)?;
+        initramfs::write_least(&init(), &mut File::create(folder.path().join("initramfs"))?)?;
+        Ok(Self { qemu: args.qemu.clone(), kernel, image, folder, tsc_khz: OnceCell::new() })
+    }
+
+    /// Boots a machine, with `more` arguments: the time until its init's word. It is gone when this returns.
+    pub(in crate::bench) async fn boot(&self, size: VmSize, kvm: bool, more: &[OsString]) -> anyhow::Result<Duration> {
+        let mut command = Command::new("sh");
+        command.args(["-c", WITH_DESCRIPTORS]).arg(&self.image).arg(self.folder.path().join("disk")).arg(&self.qemu);
+        command.args(self.arguments(size, kvm)).args(more);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+        let start = Instant::now();
+        let mut child = command.spawn()?;
+        let mut console = child.stderr.take().context("a pipe was asked for")?;
+        let (mut said, mut chunk) = (Vec::new(), [0; 1024]);
+        let word = async {
+            while !said.windows(WORD.len()).any(|part| part == WORD) {
+                let count = console.read(&mut chunk).await?;
+                ensure!(count > 0, "QEMU ended; the console said {:?}", String::from_utf8_lossy(&said));
+                said.extend(chunk[..count].iter().filter(|byte| **byte != b'\r'));
+            }
+            Ok(start.elapsed())
+        };
+        let time = timeout(CALL_LIMIT, word).await.context("QEMU took too long")??;
+        child.kill().await?;
+        Ok(time)
+    }
+
+    fn arguments(&self, size: VmSize, kvm: bool) -> Vec<OsString> {
+        let tsc_khz = *self.tsc_khz.get_or_init(|| Look::now().and_then(Look::khz));
+        let machine = qemu::Machine { size, kvm, mac: "02:00:00:00:00:01", tsc_khz };
+        alone(qemu::arguments(&machine), &self.kernel, &self.folder.path().join("initramfs"))
+    }
+}
+
+/// The platform's arguments, but with other first files, without its control socket and its tap.
+fn alone(arguments: Vec<OsString>, kernel: &Path, first_files: &Path) -> Vec<OsString> {
+    let mut arguments = arguments.into_iter();
+    let mut kept = Vec::new();
+    while let Some(argument) = arguments.next() {
+        let text = argument.to_string_lossy();
+        if text == KERNEL {
+            kept.push(kernel.into());
+        } else if text == INITRAMFS {
+            kept.push(first_files.into());
+        } else if text.starts_with("tap,") {
+            kept.push("hubport,id=net,hubid=0".into());
+        } else if text == "-mon" {
+            arguments.next();
+        } else if text.starts_with("socket,id=qmp") {
+            kept.pop();
+        } else {
+            kept.push(argument);
+        }
+    }
+    kept
+}
+
+/// A program for x86-64 Linux that writes [`WORD`] to its standard output and resets the machine: an ELF header, one segment
+/// of everything, and what it does.
+fn init() -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    const HEADERS: u64 = 64 + 56;
+    let code: &[u8] = &[
+        0xB8, 1, 0, 0, 0, // mov eax, 1 (write)
+        0xBF, 1, 0, 0, 0, // mov edi, 1
+        0x48, 0x8D, 0x35, 31, 0, 0, 0, // lea rsi, [rip + 31] (what stands behind the code)
+        0xBA, 3, 0, 0, 0, // mov edx, 3
+        0x0F, 0x05, // syscall
+        0xB8, 169, 0, 0, 0, // mov eax, 169 (reboot)
+        0xBF, 0xAD, 0xDE, 0xE1, 0xFE, // mov edi, LINUX_REBOOT_MAGIC1
+        0xBE, 0x69, 0x19, 0x12, 0x28, // mov esi, LINUX_REBOOT_MAGIC2
+        0xBA, 0x67, 0x45, 0x23, 0x01, // mov edx, LINUX_REBOOT_CMD_RESTART
+        0x0F, 0x05, // syscall
+        0xEB, 0xFE, // jmp to itself
+    ];
+    let length = HEADERS + code.len() as u64 + WORD.len() as u64;
+    let mut program = Vec::new();
+    let mut add = |bytes: &[u8]| program.extend_from_slice(bytes);
+    // An executable (2) for x86-64 (62) of 64 bits (2), little-endian (1).
+    add(&[0x7F, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 62, 0, 1, 0, 0, 0]);
+    [BASE + HEADERS, 64, 0].iter().for_each(|word| add(&word.to_le_bytes()));
+    // Flags; sizes of this header and of the one segment's; how many; no sections.
+    add(&[0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
+    // To be loaded (1), to be read and executed (5): the whole file.
+    add(&[1, 0, 0, 0, 5, 0, 0, 0]);
+    [0, BASE, BASE, length, length, 0x1000].iter().for_each(|word: &u64| add(&word.to_le_bytes()));
+    add(code);
+    add(WORD);
+    program
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_the_platforms_but_for_what_leads_out() {
+        let size = VmSize { cpus: 2, mem_mb: 256, disk_mb: 1024 };
+        let machine = qemu::Machine { size, kvm: false, mac: "02:00:00:00:00:01", tsc_khz: None };
+        let all = qemu::arguments(&machine);
+        let count = all.len();
+        let kept = alone(all, Path::new("/a"), Path::new("/b"));
+        assert_eq!(kept.len(), count - 4);
+        let texts: Vec<_> = kept.iter().map(|argument| argument.to_string_lossy()).collect();
+        for (option, value) in [("-kernel", "/a"), ("-initrd", "/b"), ("-netdev", "hubport,id=net,hubid=0")] {
+            assert!(texts.windows(2).any(|pair| pair == [option, value]), "{texts:?}");
+        }
+        assert!(!texts.iter().any(|text| text.contains("qmp")), "{texts:?}");
+    }
+
+    #[test]
+    fn the_init_points_at_its_word() {
+        let init = init();
+        assert!(init.ends_with(WORD));
+        let place = |at: usize| usize::try_from(u64::from_le_bytes(init[at..at + 8].try_into().unwrap())).unwrap();
+        let entry = place(24) - place(80);
+        // The address is told from behind its instruction, the third.
+        let after = entry + 5 + 5 + 7;
+        let offset = u32::from_le_bytes(init[after - 4..after].try_into().unwrap()) as usize;
+        assert_eq!(after + offset, init.len() - WORD.len());
+        assert_eq!(place(96), init.len());
+    }
+}
