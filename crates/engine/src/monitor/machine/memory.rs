@@ -66,11 +66,6 @@ impl Memory {
         }
     }
 
-    /// Whether QEMU is to write through to the file.
-    pub(super) fn is_own(&self) -> bool {
-        matches!(self, Self::Own(_))
-    }
-
     /// Copies to the new file `to` what doesn't change while the guest runs.
     pub(super) fn begin_copy(&self, to: &Path) -> io::Result<Copy<'_>> {
         let to = OpenOptions::new().write(true).create_new(true).open(to)?;
