@@ -2,20 +2,24 @@
 //! VM's disk over the image and goes on as the process 1 of that root.
 //!
 //! ```text
-//!   /init -> /agent/.tiffin/tiffin-agent     /modules/order, beside: names of files there, in the order to load them
+//!   /init -> /agent/.tiffin/tiffin-agent     /modules/RELEASE/order, beside: names of files there, in the order to load them
 //!   /dev/vda: the image, EROFS               /dev/vdb: the VM's disk, ext4
 //!   root: overlay of /agent over the image, written to the disk's `upper`
 //! ```
 //!
-//! Under an OCI engine all of this is done before the agent starts. What fails here is told on the kernel's console, and the
-//! guest ends: there is nobody to go on without a root.
+//! The modules are of one kernel; another one, which came with the image, has to have all of it built in ([`needs`]).
+//!
+//! Under an OCI engine all of this is done before the agent starts. What fails here is told to the monitor, where the way to
+//! it is there, and on the kernel's console ([`tell`]), and the guest ends: there is nobody to go on without a root.
+
+mod needs;
 
 use std::{
     convert::Infallible,
     fs::{self, File},
     io,
     os::unix::process::CommandExt,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::{
         LazyLock,
@@ -24,13 +28,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
+
+use crate::channel::Channel;
 
 /// The agent's first argument once it is the process 1 of its root.
 pub const WORD: &str = "bare";
 
 /// The name of the virtio port that leads to the monitor.
 pub const PORT: &str = "tiffin";
+
+/// Where an initramfs has the modules, below the release of the kernel that they are of.
+const MODULES: &str = "/modules";
 
 /// Where the agent is in the root.
 const AGENT: &str = "/.tiffin/tiffin-agent";
@@ -43,7 +55,7 @@ const STEP: Duration = Duration::from_millis(2);
 
 /// Whether this process is the `/init` of an initramfs.
 pub fn is_first() -> bool {
-    std::env::args_os().next().is_some_and(|name| name == "/init") && Path::new("/modules/order").exists()
+    std::env::args_os().next().is_some_and(|name| name == "/init") && Path::new(MODULES).exists()
 }
 
 static BARE: AtomicBool = AtomicBool::new(false);
@@ -85,7 +97,9 @@ pub fn set_up_root() -> Result<Infallible, String> {
     }
     // On a second processor, where there is one; what both lists need, the kernel loads once.
     let beside = std::thread::spawn(|| load_modules("beside"));
-    load_modules("order")?;
+    if !load_modules("order")? {
+        needs::check(Path::new("/"))?;
+    }
     let (image, disk) = (appears("/dev/vda")?, appears("/dev/vdb")?);
     mount_at(&image, "erofs", "/image", MsFlags::MS_RDONLY | MsFlags::MS_NODEV, "")
         .map_err(|e| named("the image", e))?;
@@ -103,7 +117,7 @@ pub fn set_up_root() -> Result<Infallible, String> {
         umount2(at, MntFlags::MNT_DETACH).map_err(|e| named(at, e.into()))?;
     }
     // The initramfs can't be unmounted: the root is put over it. What it had is in the kernel's memory as long as it is.
-    let _ = fs::remove_dir_all("/modules");
+    let _ = fs::remove_dir_all(MODULES);
     std::env::set_current_dir("/root").map_err(|e| named("/root", e))?;
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(|e| named("the root", e.into()))?;
     std::os::unix::fs::chroot(".").and_then(|()| std::env::set_current_dir("/")).map_err(|e| named("the root", e))?;
@@ -120,17 +134,32 @@ pub fn set_up_root() -> Result<Infallible, String> {
 
 fn mount_at(source: &str, kind: &str, at: &str, flags: MsFlags, options: &str) -> io::Result<()> {
     fs::create_dir_all(at)?;
-    Ok(mount(Some(source), at, Some(kind), flags, Some(options))?)
+    match mount(Some(source), at, Some(kind), flags, Some(options)) {
+        Err(Errno::ENODEV) => Err(io::Error::other(format!("the kernel has no {kind}: build it in"))),
+        mounted => Ok(mounted?),
+    }
 }
 
-/// Loads what a list names, in its order.
-fn load_modules(list: &str) -> Result<(), String> {
-    let folder = Path::new("/modules");
+/// Tells the monitor that the root can't be set up, as far as there is a way to it.
+pub fn tell(message: &str) {
+    eprintln!("tiffin-agent: {message}");
+    if let Some(port) = find_port() {
+        Channel::new(port).failed(message);
+    }
+}
+
+/// Loads what a list of the running kernel's modules names, in its order; whether there are such modules.
+fn load_modules(list: &str) -> Result<bool, String> {
+    let release = nix::sys::utsname::uname().map_err(|e| format!("the kernel's release: {e}"))?;
+    let folder = Path::new(MODULES).join(release.release());
+    if !folder.exists() {
+        return Ok(false);
+    }
     let order = fs::read_to_string(folder.join(list)).map_err(|e| format!("the list of modules: {e}"))?;
     for name in order.lines() {
         load_module(&folder.join(name)).map_err(|e| format!("the module {name}: {e}"))?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Loads a module without its signature, whose check takes an emulated processor as long as the rest: it comes from the
@@ -174,21 +203,27 @@ fn appears(device: &str) -> Result<String, String> {
     Ok(device.to_owned())
 }
 
-/// The virtio port that is named [`PORT`].
+/// Waits for the way to the monitor.
 fn port() -> io::Result<File> {
     let deadline = Instant::now() + DEVICES;
     loop {
-        for entry in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
-            if fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim() == PORT) {
-                let device: PathBuf = Path::new("/dev").join(entry.file_name());
-                return File::options().read(true).write(true).open(device);
-            }
+        if let Some(port) = find_port() {
+            return Ok(port);
         }
         if Instant::now() >= deadline {
             return Err(io::ErrorKind::NotFound.into());
         }
         std::thread::sleep(STEP);
     }
+}
+
+/// The virtio port that is named [`PORT`], once it is there.
+fn find_port() -> Option<File> {
+    let mut ports = fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten();
+    let is_it =
+        |port: &fs::DirEntry| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == PORT);
+    let device = Path::new("/dev").join(ports.find(is_it)?.file_name());
+    File::options().read(true).write(true).open(device).ok()
 }
 
 #[cfg(test)]

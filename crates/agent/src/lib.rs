@@ -62,7 +62,7 @@ pub fn run() -> ExitCode {
     }
     if init::is_first() {
         let Err(error) = init::set_up_root();
-        eprintln!("tiffin-agent: {error}");
+        init::tell(&error);
         shutdown::leave_machine();
     }
     if word.as_deref() == Some(init::WORD) {

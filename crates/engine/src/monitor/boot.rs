@@ -72,10 +72,11 @@ pub(super) fn boot(vm: &Arc<Vm>) -> Result<Pid, EndReport> {
             }
         }
         Some(Phase::Starting | Phase::Ended) => {}
-        None => watched.decide_end(
-            EndReason::BootTimeout,
-            format!("the guest's agent was not ready within {} ms", watched.launch.boot_timeout_ms),
-        ),
+        None => {
+            let late = format!("the guest's agent was not ready within {} ms", watched.launch.boot_timeout_ms);
+            let is_machine = watched.launch.machine.is_some();
+            watched.decide_end(EndReason::BootTimeout, if is_machine { watched.words.explain(&late) } else { late });
+        }
     };
     let thread = thread::Builder::new().name("boot".into()).stack_size(64 * 1024);
     thread.spawn(watch).map_err(|e| failed(step("a thread", e)))?;

@@ -17,7 +17,7 @@ use tiffin_logs::Stream;
 use tiffin_protocol::{CHANNEL_FRAME, Event, HEADER, Kind, decode_header};
 use tiffin_types::vm::{EndReason, EndReport};
 
-use super::state::Vm;
+use super::{state::Vm, words};
 
 /// How long a guest whose program ended has to end as well.
 const LAST_STEPS: Duration = Duration::from_secs(15);
@@ -41,9 +41,9 @@ pub(super) fn follow(vm: &Arc<Vm>, from: impl Read + AsFd) {
         match next(&mut from, &mut batch, vm) {
             Ok(Some(Event::Ready { .. })) => vm.ready(),
             Ok(Some(Event::Failed { message })) => {
-                let message: String = message.chars().take(500).collect();
+                let message = words::plain(&message);
                 vm.errors.line(format!("the agent failed: {message}"));
-                vm.decide_end(EndReason::BootFailed, "the guest's agent could not set the guest up");
+                vm.decide_end(EndReason::BootFailed, format!("the guest could not be set up: {message}"));
             }
             Ok(Some(Event::Exited { code, signal })) => exited(vm, code, signal),
             Ok(None) => {}

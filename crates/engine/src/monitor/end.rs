@@ -16,7 +16,7 @@ use tiffin_types::vm::{EndReason, EndReport};
 
 use super::{
     boot::on_host,
-    launch::{self, END, MEMORY, RESTORE, SOCKET},
+    launch::{self, END, MEMORY, Phase, RESTORE, SOCKET},
     state::Vm,
 };
 use crate::host::{filter, mount};
@@ -83,6 +83,13 @@ fn why(vm: &Vm, status: nix::Result<WaitStatus>) -> EndReport {
         return exit;
     }
     match status {
+        Ok(WaitStatus::Exited(_, 0)) if is_booting_machine(vm) => {
+            report(EndReason::BootFailed, vm.words.explain("the guest's kernel ended before the guest was up"))
+        }
+        Ok(WaitStatus::Exited(..)) if is_booting_machine(vm) => report(
+            EndReason::BootFailed,
+            "the emulator could not boot the guest's kernel; its error log says why".into(),
+        ),
         Ok(WaitStatus::Exited(_, code)) => {
             report(EndReason::AgentLost, format!("the agent in the guest ended (exit status {code})"))
         }
@@ -91,6 +98,11 @@ fn why(vm: &Vm, status: nix::Result<WaitStatus>) -> EndReport {
         }
         Ok(_) | Err(_) => report(EndReason::EngineLost, "the engine is gone".into()),
     }
+}
+
+/// Whether it is a machine whose agent never said that it is ready.
+fn is_booting_machine(vm: &Vm) -> bool {
+    vm.launch.machine.is_some() && vm.phase() == Phase::Starting
 }
 
 /// Clears everything but the folder, records the end and tells everyone who waits.

@@ -40,6 +40,8 @@ use crate::{
 
 /// How long QEMU has for a word that needs no work.
 const ANSWER: Duration = Duration::from_secs(20);
+/// How long it has to be gone, once it doesn't answer.
+const LAST_STEPS: Duration = Duration::from_secs(5);
 /// How often it is asked whether it is still there.
 const PULSE: Duration = Duration::from_secs(10);
 /// What every dynamically linked program of a Debian-like system needs.
@@ -96,7 +98,8 @@ pub(super) fn start(vm: &Arc<Vm>, files: &MachineFiles, begun: Instant, deadline
     let pid = i32::try_from(child.id()).map(Pid::from_raw).map_err(|e| step("QEMU's pid", e))?;
     let _ = vm.machine.set(Running { memory, pen });
     let (of, own_words) = (Arc::clone(vm), child.stderr.take());
-    vm.add_listener("console", move || of.console.copy_from(console)).map_err(|e| step("a thread", e))?;
+    vm.add_listener("console", move || of.console.copy_from(of.words.overhear(console)))
+        .map_err(|e| step("a thread", e))?;
     if let Some(own_words) = own_words {
         let of = Arc::clone(vm);
         vm.add_listener("qemu", move || of.errors.copy_from(own_words)).map_err(|e| step("a thread", e))?;
@@ -201,7 +204,8 @@ fn devices(files: &MachineFiles) -> Vec<PathBuf> {
 /// guest that has taken it over.
 fn watch(vm: &Vm, socket: UnixStream) {
     let lost = |what: std::io::Error| {
-        if vm.phase() != Phase::Ended && !vm.stop_requested() {
+        // When QEMU has ended, its exit says more than the socket's.
+        if !vm.wait_for_end(Instant::now() + LAST_STEPS) && vm.phase() != Phase::Ended && !vm.stop_requested() {
             vm.errors.line(format!("the machine's control socket: {what}"));
             vm.decide_end(EndReason::EngineLost, "the machine's emulator did not answer");
         }

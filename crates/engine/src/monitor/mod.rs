@@ -29,6 +29,7 @@ mod program;
 mod rest;
 mod save;
 mod state;
+mod words;
 
 use std::{
     fs::{self, File},

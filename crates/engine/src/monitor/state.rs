@@ -27,6 +27,7 @@ use super::{
     output::Output,
     pause::Held,
     rest::Rest,
+    words::Words,
 };
 use crate::{
     LogKind,
@@ -56,6 +57,8 @@ pub(super) struct Vm {
     oom_kills_before: AtomicU64,
     pub(super) engine_log: Log,
     pub(super) console: Log,
+    /// What a machine said there last.
+    pub(super) words: Words,
     pub(super) errors: Log,
     /// What the program prints.
     pub(super) output: Output,
@@ -130,6 +133,7 @@ impl Vm {
             dials: RwLock::default(),
             engine_log: log(LogKind::Engine),
             console: log(LogKind::Console),
+            words: Words::default(),
             errors: log(LogKind::EngineErrors),
             output: Output::new(launch.log.clone().unwrap_or_else(|| LogKeep::beside(&folder))),
             folder,

@@ -31,19 +31,7 @@ pub fn write(agent: &Path, modules: &Path, to: &mut impl Write) -> io::Result<()
     }
     archive.add("agent/.tiffin/tiffin-agent", 0o100_755, &named(agent, fs::read(agent))?)?;
     archive.add("init", 0o120_777, b"/agent/.tiffin/tiffin-agent")?;
-    let mut written = Vec::new();
-    for (list, names) in MODULES {
-        let mut order = String::new();
-        for (name, path) in in_order(modules, names)? {
-            order += &format!("{name}.ko\n");
-            // What both lists need is in both, and once here.
-            if !written.contains(&name) {
-                archive.add(&format!("modules/{name}.ko"), 0o100_644, &named(&path, fs::read(&path))?)?;
-                written.push(name);
-            }
-        }
-        archive.add(&format!("modules/{list}"), 0o100_644, order.as_bytes())?;
-    }
+    add_modules(modules, &mut archive)?;
     archive.add("TRAILER!!!", 0, &[])
 }
 
@@ -55,6 +43,40 @@ pub fn write_least(init: &[u8], to: &mut impl Write) -> io::Result<()> {
     let mut archive = Archive { to, inode: 0 };
     archive.add("init", 0o100_755, init)?;
     archive.add("TRAILER!!!", 0, &[])
+}
+
+/// Below the release of the kernel that they are of: the guest may boot another, which they don't fit.
+fn add_modules(folder: &Path, archive: &mut Archive<impl Write>) -> io::Result<()> {
+    let (mut of, mut written, mut lists) = (None, Vec::new(), Vec::new());
+    for (list, names) in MODULES {
+        let mut order = String::new();
+        for (name, path) in in_order(folder, names)? {
+            order += &format!("{name}.ko\n");
+            // What both lists need is in both, and once here.
+            if written.contains(&name) {
+                continue;
+            }
+            let content = named(&path, fs::read(&path))?;
+            let said =
+                release(&content).ok_or_else(|| io::Error::other(format!("the module {name} names no kernel")))?;
+            if let Some(release) = of.as_ref().filter(|release| **release != said) {
+                let message = format!("the module {name} is of the kernel {said}, others are of {release}");
+                return Err(io::Error::other(message));
+            }
+            if of.is_none() {
+                archive.add(&format!("modules/{said}"), 0o040_755, &[])?;
+            }
+            archive.add(&format!("modules/{said}/{name}.ko"), 0o100_644, &content)?;
+            of = Some(said);
+            written.push(name);
+        }
+        lists.push((list, order));
+    }
+    // Without any, all is built in.
+    let Some(release) = of else { return Ok(()) };
+    lists
+        .iter()
+        .try_for_each(|(list, order)| archive.add(&format!("modules/{release}/{list}"), 0o100_644, order.as_bytes()))
 }
 
 fn named<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {
@@ -107,14 +129,23 @@ fn find(folder: &Path, depth: usize, found: &mut BTreeMap<String, PathBuf>) -> i
     Ok(())
 }
 
-/// What a module says that it needs: `depends=a,b` among the strings of its section `.modinfo`.
+/// What a module says that it needs: `depends=a,b`.
 fn needs(module: &[u8]) -> Vec<String> {
-    const KEY: &[u8] = b"\0depends=";
-    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
-    let rest = &module[at + KEY.len()..];
-    let end = rest.iter().position(|byte| *byte == 0).unwrap_or(0);
-    let names = String::from_utf8_lossy(&rest[..end]);
+    let names = said(module, b"\0depends=").unwrap_or_default();
     names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
+}
+
+/// The release of the kernel that a module is of, as `uname -r` has it: `vermagic=RELEASE OPTIONS`.
+fn release(module: &[u8]) -> Option<String> {
+    said(module, b"\0vermagic=")?.split(' ').next().filter(|release| !release.is_empty()).map(str::to_owned)
+}
+
+/// What a module says of that among the strings of its section `.modinfo`.
+fn said(module: &[u8], key: &[u8]) -> Option<String> {
+    let at = module.windows(key.len()).position(|window| window == key)?;
+    let rest = &module[at + key.len()..];
+    let end = rest.iter().position(|byte| *byte == 0)?;
+    Some(String::from_utf8_lossy(&rest[..end]).into_owned())
 }
 
 struct Archive<'a, W> {
@@ -151,7 +182,22 @@ mod tests {
     use super::*;
 
     fn module(needs: &str) -> Vec<u8> {
-        format!("\u{7f}ELF\0license=GPL\0depends={needs}\0name=x\0").into_bytes()
+        module_of("6.1.0-test", needs)
+    }
+
+    fn module_of(release: &str, needs: &str) -> Vec<u8> {
+        format!("\u{7f}ELF\0license=GPL\0depends={needs}\0name=x\0vermagic={release} SMP\0").into_bytes()
+    }
+
+    #[test]
+    fn modules_are_of_one_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = dir.path().join("agent");
+        fs::write(&agent, b"12345").unwrap();
+        fs::write(dir.path().join("erofs.ko"), module_of("6.1", "")).unwrap();
+        fs::write(dir.path().join("overlay.ko"), module_of("6.2", "")).unwrap();
+        let refused = write(&agent, dir.path(), &mut Vec::new()).unwrap_err().to_string();
+        assert!(refused.contains("6.1") && refused.contains("6.2"), "{refused}");
     }
 
     #[test]
@@ -186,6 +232,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let agent = dir.path().join("agent");
         fs::write(&agent, b"12345").unwrap();
+        fs::write(dir.path().join("erofs.ko"), module("")).unwrap();
         let mut archive = Vec::new();
         write(&agent, dir.path(), &mut archive).unwrap();
         assert_eq!(archive.len() % 4, 0);
@@ -209,8 +256,8 @@ mod tests {
             }
             rest = &rest[(content + size).next_multiple_of(4)..];
         }
-        for needed in ["init", "modules/order", "modules/beside"] {
-            assert!(names.iter().any(|name| name == needed), "{names:?}");
+        for name in ["init", "modules/6.1.0-test/erofs.ko", "modules/6.1.0-test/order", "modules/6.1.0-test/beside"] {
+            assert!(names.contains(&name.to_owned()), "{name}: {names:?}");
         }
     }
 }

@@ -79,7 +79,7 @@ impl RawMachine {
 
     fn arguments(&self, size: VmSize, kvm: bool) -> Vec<OsString> {
         let tsc_khz = *self.tsc_khz.get_or_init(|| Look::now().and_then(Look::khz));
-        let machine = qemu::Machine { size, kvm, mac: "02:00:00:00:00:01", tsc_khz };
+        let machine = qemu::Machine { size, kvm, mac: "02:00:00:00:00:01", tsc_khz, saved: false };
         alone(qemu::arguments(&machine), &self.kernel, &self.folder.path().join("initramfs"))
     }
 }
@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn the_arguments_are_the_platforms_but_for_what_leads_out() {
         let size = VmSize { cpus: 2, mem_mb: 256, disk_mb: 1024 };
-        let machine = qemu::Machine { size, kvm: false, mac: "02:00:00:00:00:01", tsc_khz: None };
+        let machine = qemu::Machine { size, kvm: false, mac: "02:00:00:00:00:01", tsc_khz: None, saved: false };
         let all = qemu::arguments(&machine);
         let count = all.len();
         let kept = alone(all, Path::new("/a"), Path::new("/b"));
