@@ -42,6 +42,8 @@ pub struct Capabilities {
     pub pause: bool,
     /// Memory, CPU state and disk can be saved and restored.
     pub snapshot: bool,
+    /// VMs boot the kernel that their image came with, where it did.
+    pub kernels: bool,
 }
 
 /// A kind of VM that can be had here: by its engine's name, what it isolates and what it can do.
@@ -225,8 +227,9 @@ pub trait Engine: Send + Sync + 'static {
         self.kind(name).map(|kind| kind.capabilities).unwrap_or_default()
     }
 
-    /// Makes the VM's folder and disk; nothing runs. `image` in the spec must be in the blob store and stay there
-    /// while the VM exists. On failure nothing is left.
+    /// Makes the VM's folder and disk; nothing runs. `image` in the spec, and `kernel` where there is one, must be in the blob
+    /// store and stay there while the VM exists. An engine that boots no kernels refuses a spec with one
+    /// ([`EngineError::Unsupported`]). On failure nothing is left.
     async fn create(&self, spec: &VmSpec) -> Result<(), EngineError>;
 
     /// Brings a created or stopped VM up and returns when its agent is ready. On failure it is down again, and

@@ -202,14 +202,25 @@ impl Store {
             .transpose()
     }
 
+    /// Whether an image is of that blob, by its files or its kernel.
+    pub async fn image_has_blob(&self, digest: &Digest) -> Result<bool, StoreError> {
+        let row = sqlx::query("SELECT images.id FROM images WHERE digest = $1 OR kernel_digest = $1 LIMIT 1")
+            .bind(digest.as_str())
+            .fetch_optional(&self.pool)
+            .await?;
+        Ok(row.is_some())
+    }
+
     /// Every blob, of files or a kernel, that an image, a VM that isn't deleted or a snapshot needs, in no order, each once. A snapshot needs its
-    /// image's blob like a VM: an image may be deleted only when no snapshot is of its digest either.
+    /// image's blobs like a VM: an image may be deleted only when no snapshot is of its digest either.
     pub async fn digests_in_use(&self) -> Result<Vec<Digest>, StoreError> {
         let rows = sqlx::query(
             "SELECT digest AS id FROM images WHERE digest IS NOT NULL
              UNION SELECT kernel_digest AS id FROM images WHERE kernel_digest IS NOT NULL
              UNION SELECT image_digest AS id FROM vms WHERE state <> 'DELETED'
-             UNION SELECT image_digest AS id FROM snapshots",
+             UNION SELECT kernel_digest AS id FROM vms WHERE state <> 'DELETED' AND kernel_digest IS NOT NULL
+             UNION SELECT image_digest AS id FROM snapshots
+             UNION SELECT kernel_digest AS id FROM snapshots WHERE kernel_digest IS NOT NULL",
         )
         .fetch_all(&self.pool)
         .await?;

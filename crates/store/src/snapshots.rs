@@ -38,6 +38,8 @@ pub struct Snapshot {
     pub image_id: ImageId,
     /// The image's content: a blob that must stay while this record is there.
     pub image_digest: Digest,
+    /// The kernel that the VM booted, if its image had one of its own: VMs of the snapshot boot it after a stop.
+    pub kernel_digest: Option<Digest>,
     /// What saved it, and can restore it.
     pub engine: EngineName,
     /// vCPUs, memory and disk of the VM.
@@ -67,6 +69,8 @@ pub struct NewSnapshot {
     pub image_id: ImageId,
     /// The image's content.
     pub image_digest: Digest,
+    /// The VM's kernel, if its image had one of its own.
+    pub kernel_digest: Option<Digest>,
     /// What will save it.
     pub engine: EngineName,
     /// The VM's size.
@@ -84,8 +88,8 @@ pub enum SnapshotInserted {
 
 macro_rules! columns {
     () => {
-        "id, account_id, vm_id, name, image_id, image_digest, engine, cpus, mem_mb, disk_mb, state, fork, size_bytes, \
-         created_at"
+        "id, account_id, vm_id, name, image_id, image_digest, kernel_digest, engine, cpus, mem_mb, disk_mb, state, fork, \
+         size_bytes, created_at"
     };
 }
 
@@ -206,8 +210,8 @@ async fn insert<'e>(
     let reserved = if fork { 0 } else { most_mb(&new.size) };
     let statement = sqlx::query(concat!(
         "INSERT INTO snapshots (id, account_id, vm_id, name, image_id, image_digest, engine, cpus, mem_mb, disk_mb,
-             state, fork, size_bytes, reserved_mb, created_at, updated_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 0, $13, $14, $14) RETURNING ",
+             state, fork, size_bytes, reserved_mb, created_at, updated_at, kernel_digest)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 0, $13, $14, $14, $15) RETURNING ",
         columns!()
     ))
     .bind(new.id.as_str())
@@ -223,7 +227,8 @@ async fn insert<'e>(
     .bind(SnapshotState::Saving.as_str())
     .bind(i64::from(fork))
     .bind(column(reserved))
-    .bind(Timestamp::now().as_millis());
+    .bind(Timestamp::now().as_millis())
+    .bind(new.kernel_digest.as_ref().map(Digest::as_str));
     let row = returned(statement, db)
         .await
         .map_err(|error| StoreError::or_conflict(error, format!("{} exists or its size is zero", new.id)))?;
@@ -265,6 +270,7 @@ fn snapshot_from(row: &AnyRow) -> Result<Snapshot, StoreError> {
         name: fields.text_if_any("name")?,
         image_id: fields.parsed("image_id")?,
         image_digest: fields.parsed("image_digest")?,
+        kernel_digest: fields.parsed_if_any("kernel_digest")?,
         engine: fields.parsed("engine")?,
         size: VmSize {
             cpus: fields.number("cpus")?,

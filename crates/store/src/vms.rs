@@ -56,6 +56,8 @@ pub struct Vm {
     pub image_id: ImageId,
     /// The image's content.
     pub image_digest: Digest,
+    /// The image's kernel, if it had one of its own.
+    pub kernel_digest: Option<Digest>,
     /// What runs it.
     pub engine: EngineName,
     /// What stands between it and the host.
@@ -111,6 +113,8 @@ pub struct NewVm {
     pub image_id: ImageId,
     /// The image's content.
     pub image_digest: Digest,
+    /// The image's kernel, if it has one of its own.
+    pub kernel_digest: Option<Digest>,
     /// What will run it.
     pub engine: EngineName,
     /// What stands between it and the host.
@@ -165,7 +169,7 @@ pub struct Change {
 
 macro_rules! columns {
     () => {
-        "id, account_id, image_id, image_digest, engine, isolation, cpus, mem_mb, disk_mb, egress, state, desired, \
+        "id, account_id, image_id, image_digest, kernel_digest, engine, isolation, cpus, mem_mb, disk_mb, egress, state, desired, \
          end_report, provision_mode, snapshot_id, host_label, lifetime, port, volume_gb, created_at, updated_at, \
          started_at, deleted_at"
     };
@@ -263,6 +267,7 @@ fn vm_from(row: &AnyRow) -> Result<Vm, StoreError> {
         account_id: fields.parsed("account_id")?,
         image_id: fields.parsed("image_id")?,
         image_digest: fields.parsed("image_digest")?,
+        kernel_digest: fields.parsed_if_any("kernel_digest")?,
         engine: fields.parsed("engine")?,
         isolation: fields.named("isolation")?,
         size: VmSize {

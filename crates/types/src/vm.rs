@@ -387,6 +387,9 @@ pub struct VmSpec {
     pub id: VmId,
     /// The image's filesystem, by content.
     pub image: Digest,
+    /// The kernel that it boots, by content, where its image came with one; else the engine's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<Digest>,
     /// Its size.
     pub size: VmSize,
     /// What it may reach outside.

@@ -40,6 +40,7 @@ impl Subject for FakeSubject {
         VmSpec {
             id: VmId::random(),
             image: Digest::from_sha256([7; 32]),
+            kernel: None,
             size,
             egress: EgressPolicy::default(),
             engine: EngineName::Fake,

@@ -76,7 +76,7 @@ impl Host {
     pub(crate) fn spec_with(&self, egress: EgressPolicy) -> VmSpec {
         let size = VmSize { cpus: 1, mem_mb: 256, disk_mb: 256 };
         let engine = self.config.engine;
-        VmSpec { id: VmId::random(), image: self.image.clone(), size, egress, engine, program: None }
+        VmSpec { id: VmId::random(), image: self.image.clone(), kernel: None, size, egress, engine, program: None }
     }
 
     /// A VM that runs.

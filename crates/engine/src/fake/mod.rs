@@ -41,8 +41,8 @@ pub use program::{FakeProgram, Printed};
 use snapshots::{FakeSnapshot, Texts};
 
 /// The engine.
-#[derive(Default)]
 pub struct Fake {
+    kinds: Vec<Kind>,
     shared: Arc<Shared>,
     tasks: TaskTracker,
 }
@@ -176,7 +176,12 @@ impl State {
 impl Fake {
     /// An engine without VMs, that does everything at once and never fails.
     pub fn new() -> Arc<Self> {
-        Arc::default()
+        Self::of_kinds(vec![FAKE])
+    }
+
+    /// One that passes for those, of which there is one at least; the first is the default.
+    pub fn of_kinds(kinds: Vec<Kind>) -> Arc<Self> {
+        Arc::new(Self { kinds, shared: Arc::default(), tasks: TaskTracker::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -250,22 +255,25 @@ impl Shared {
 const FAKE: Kind = Kind {
     name: EngineName::Fake,
     isolation: Isolation::None,
-    capabilities: Capabilities { pause: true, snapshot: true },
+    capabilities: Capabilities { pause: true, snapshot: true, kernels: true },
 };
 
 #[async_trait]
 impl Engine for Fake {
     fn kinds(&self) -> &[Kind] {
-        &[FAKE]
+        &self.kinds
     }
 
     fn default_kind(&self) -> Kind {
-        FAKE
+        self.kinds[0]
     }
 
     async fn create(&self, spec: &VmSpec) -> Result<(), EngineError> {
         let mut state = self.lock();
         state.fails(Call::Create)?;
+        if spec.kernel.is_some() && !self.capabilities(spec.engine).kernels {
+            return Err(EngineError::Unsupported { engine: spec.engine.as_str(), what: "boot kernels of images" });
+        }
         if state.vms.contains_key(&spec.id) {
             let vm = state.exclusive(&spec.id)?;
             return if vm.spec == *spec { Ok(()) } else { Err(EngineError::WrongState("made with another spec")) };
@@ -400,7 +408,7 @@ impl Engine for Fake {
         self.shared.pass(Call::ImageRelease).await;
         let mut state = self.lock();
         state.fails(Call::ImageRelease)?;
-        if state.vms.values().any(|vm| vm.spec.image == *image) {
+        if state.vms.values().any(|vm| vm.spec.image == *image || vm.spec.kernel.as_ref() == Some(image)) {
             return Ok(false);
         }
         state.images.remove(image);

@@ -11,7 +11,14 @@ use std::{
 
 use tiffin_types::{id::VmId, vm::VmSpec};
 
-use super::{Monitored, agent, blocking, images::Images, leftovers, snapshots::Snapshots, templates::Templates};
+use super::{
+    Monitored, agent, blocking,
+    images::Images,
+    leftovers,
+    machines::{self, KERNELS},
+    snapshots::Snapshots,
+    templates::Templates,
+};
 use crate::{
     Engine, EngineError, Observed,
     host::cgroup::Cgroups,
@@ -35,6 +42,8 @@ impl Monitored {
         let sweep = Sweep {
             vms,
             agent_dir: self.agent_dir.clone(),
+            kernels: self.config.data_dir.join(KERNELS),
+            initramfs: self.machines.as_ref().map(|machines| machines.files.initramfs.clone()),
             cgroups: self.cgroups.clone(),
             snapshots: Arc::clone(&self.snapshots),
             templates: self.templates.clone(),
@@ -78,6 +87,9 @@ fn all(vms: &Path) -> io::Result<Vec<(VmId, bool)>> {
 struct Sweep {
     vms: PathBuf,
     agent_dir: PathBuf,
+    kernels: PathBuf,
+    /// The first files of machines from now on, where there are any.
+    initramfs: Option<PathBuf>,
     cgroups: Cgroups,
     snapshots: Arc<Snapshots>,
     templates: Option<Arc<Templates>>,
@@ -91,6 +103,9 @@ impl Sweep {
         self.templates.as_ref().map_or(Ok(()), |templates| templates.sweep())?;
         if let Err(error) = self.remove_old_agents(seen) {
             tracing::warn!("old agents stay: {error}");
+        }
+        if let Err(error) = self.remove_old_kernels(seen) {
+            tracing::warn!("old kernels stay: {error}");
         }
         let image = |id: &VmId| Some(launch::read::<VmSpec>(&self.folder(id), SPEC).ok()??.image);
         let used: Vec<_> = seen.iter().filter_map(|(id, _)| image(id)).collect();
@@ -115,5 +130,21 @@ impl Sweep {
             }
         }
         agent::remove_others(&self.agent_dir, &needed)
+    }
+
+    /// Removes the kernels that machines no longer boot, nor one that runs may still look at. A stopped VM boots what there is at its
+    /// next start, and a snapshot has its kernel in its memory.
+    fn remove_old_kernels(&self, seen: &[(VmId, Observed)]) -> io::Result<()> {
+        // Its first files are always there, also where a VM boots a kernel of its image.
+        let mut needed: Vec<PathBuf> = self.initramfs.iter().cloned().collect();
+        for (id, observed) in seen {
+            if !matches!(observed, Observed::Stopped { .. } | Observed::Absent)
+                && let Some(Launch { machine: Some(files), .. }) = launch::read(&self.folder(id), LAUNCH)?
+            {
+                needed.push(files.initramfs);
+            }
+        }
+        let folders = needed.iter().filter_map(|file| Some(file.parent()?.file_name()?.to_owned()));
+        machines::remove_others(&self.kernels, &folders.collect())
     }
 }

@@ -21,6 +21,7 @@ use crate::{
 
 pub(super) struct Images {
     blobs: PathBuf,
+    kernels: PathBuf,
     mounts: PathBuf,
     /// Which file is mounted: a blob that was damaged is replaced by another file.
     mounted_files: PathBuf,
@@ -31,6 +32,7 @@ impl Images {
     pub(super) fn new(config: &HostConfig) -> Self {
         Self {
             blobs: config.data_dir.join("images/sha256"),
+            kernels: config.data_dir.join("images/kernels"),
             mounts: config.run_dir.join("images"),
             mounted_files: config.run_dir.join("image-files"),
             mounting: Mutex::new(()),
@@ -43,11 +45,13 @@ impl Images {
 
     /// Refuses an image that isn't in the blob store.
     pub(super) fn require(&self, digest: &Digest) -> Result<(), EngineError> {
-        match self.blob(digest).try_exists() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(EngineError::Invalid(format!("the image's filesystem {digest} is not on this host"))),
-            Err(error) => Err(EngineError::host("looking for the image", error)),
-        }
+        require(&self.blob(digest), "filesystem", digest)
+    }
+
+    /// The kernel that an image came with, as a file.
+    pub(super) fn kernel(&self, digest: &Digest) -> Result<PathBuf, EngineError> {
+        let blob = self.kernels.join(format!("{}.kernel", digest.hex()));
+        require(&blob, "kernel", digest).map(|()| blob)
     }
 
     /// The image's filesystem as a file, for a machine that mounts it itself.
@@ -118,11 +122,19 @@ impl Images {
     }
 }
 
+fn require(blob: &Path, what: &str, digest: &Digest) -> Result<(), EngineError> {
+    match blob.try_exists() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(EngineError::Invalid(format!("the image's {what} {digest} is not on this host"))),
+        Err(error) => Err(EngineError::host("looking for the image", error)),
+    }
+}
+
 fn is_used(digest: &Digest, vms: &Path) -> io::Result<bool> {
     for entry in fs::read_dir(vms)? {
         // Those without a spec are on their way in or out.
         let spec: Option<VmSpec> = launch::read(&entry?.path(), SPEC)?;
-        if spec.is_some_and(|spec| spec.image == *digest) {
+        if spec.is_some_and(|spec| spec.image == *digest || spec.kernel.as_ref() == Some(digest)) {
             return Ok(true);
         }
     }

@@ -1,6 +1,8 @@
 //! VMs with a kernel of their own: what this host makes them of, prepared once at start.
 
 use std::{
+    collections::BTreeSet,
+    ffi::OsString,
     fs::{self, File},
     io::{self, BufWriter, Read, Write},
     path::{Path, PathBuf},
@@ -18,6 +20,8 @@ use crate::{
     qemu::{self, MIN_RELEASE, initramfs},
 };
 
+/// In the data folder: a folder for each kernel, with the first files, that machines were ever made of and may still have.
+pub(super) const KERNELS: &str = "kernels";
 /// How long QEMU has to tell its release.
 const ASKED: Duration = Duration::from_secs(20);
 
@@ -31,12 +35,18 @@ pub(super) struct Machines {
 }
 
 impl Machines {
+    /// What a VM's machine is started with: the kernel of its image, if it came with one.
+    pub(super) fn files_with(&self, kernel: Option<PathBuf>) -> MachineFiles {
+        let own = self.files.clone();
+        MachineFiles { kernel: kernel.unwrap_or(own.kernel), ..own }
+    }
+
     /// Asks QEMU its release, and puts the kernel and the guests' first files into the data folder, where a VM that runs
     /// doesn't miss them when the host's are replaced.
     pub(super) fn set_up(config: &MachinesConfig, host: &HostConfig) -> Result<Self, EngineError> {
         let version = version(&config.qemu)?;
         let failed = |e: io::Error| EngineError::host("preparing the guests' kernel", e);
-        let (files, name) = install(config, &host.agent, &host.data_dir.join("kernels")).map_err(failed)?;
+        let (files, name) = install(config, &host.agent, &host.data_dir.join(KERNELS)).map_err(failed)?;
         let release = format!("{version}, {}", if config.kvm { "KVM" } else { "TCG" });
         Ok(Self { files, release, kernel: name })
     }
@@ -47,12 +57,12 @@ pub(super) fn kinds(machines: Option<&Machines>) -> Vec<Kind> {
     let gvisor = Kind {
         name: EngineName::Gvisor,
         isolation: Isolation::UserspaceKernel,
-        capabilities: Capabilities { pause: true, snapshot: true },
+        capabilities: Capabilities { pause: true, snapshot: true, kernels: false },
     };
     let qemu = machines.map(|machines| Kind {
         name: EngineName::Qemu,
         isolation: if machines.files.kvm { Isolation::HardwareVm } else { Isolation::EmulatedVm },
-        capabilities: Capabilities { pause: true, snapshot: true },
+        capabilities: Capabilities { pause: true, snapshot: true, kernels: true },
     });
     [Some(gvisor), qemu].into_iter().flatten().collect()
 }
@@ -115,6 +125,21 @@ fn hash_file(path: &Path, hash: &mut Sha256) -> io::Result<()> {
             count => hash.update(&piece[..count]),
         }
     }
+}
+
+/// Removes what was prepared of other kernels, or not to its end, but for the folders that are `needed`, by their names.
+pub(super) fn remove_others(kernels: &Path, needed: &BTreeSet<OsString>) -> io::Result<()> {
+    let entries = match fs::read_dir(kernels) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if !needed.contains(&entry.file_name()) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Readable to QEMU, which is nobody's user.

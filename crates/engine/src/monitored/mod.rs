@@ -237,6 +237,7 @@ impl Engine for Monitored {
         self.require_engine(spec.engine)?;
         self.check_room()?;
         self.images.require(&spec.image)?;
+        self.kernel_of(spec)?;
         let dir = self.folder(&spec.id);
         let (spec, disks) = (spec.clone(), self.disks());
         let templates = self.templates_of(spec.engine);
@@ -409,6 +410,15 @@ impl Monitored {
         match self.kind(name) {
             Some(_) => Ok(()),
             None => Err(EngineError::Invalid(format!("this host has no engine {}", name.as_str()))),
+        }
+    }
+
+    /// The kernel that the VM's image came with, if it did.
+    fn kernel_of(&self, spec: &VmSpec) -> Result<Option<PathBuf>, EngineError> {
+        let Some(kernel) = &spec.kernel else { return Ok(None) };
+        match self.capabilities(spec.engine).kernels {
+            true => self.images.kernel(kernel).map(Some),
+            false => Err(EngineError::Unsupported { engine: spec.engine.as_str(), what: "boot kernels of images" }),
         }
     }
 

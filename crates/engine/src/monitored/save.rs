@@ -28,6 +28,7 @@ impl Monitored {
         self.require_snapshots(spec.engine)?;
         self.check_room()?;
         self.images.require(&spec.image)?;
+        self.kernel_of(spec)?;
         let (snapshots, dir, spec, snapshot) =
             (Arc::clone(&self.snapshots), self.folder(&spec.id), spec.clone(), snapshot.clone());
         tokio::task::spawn_blocking(move || snapshots.create_from(&spec, &snapshot, &dir, Manner::Snapshot))

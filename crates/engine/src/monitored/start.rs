@@ -72,7 +72,7 @@ impl Monitored {
         let (_, agent_dir) = self.restore_of(spec)?;
         let (image, machine) = match &self.machines {
             Some(machines) if spec.engine == EngineName::Qemu => {
-                (self.images.file(&spec.image)?, Some(machines.files.clone()))
+                (self.images.file(&spec.image)?, Some(machines.files_with(self.kernel_of(spec)?)))
             }
             _ => (self.images.mounted(&spec.image, &self.folder(id)).await?, None),
         };

@@ -3,6 +3,7 @@
 //! Invariant: a blob goes only when no record names it, and while it goes no VM's record is made from an image
 //! ([`Images::gate`]): who has a record has its blob.
 
+mod engines;
 mod environments;
 pub(crate) mod leaving;
 
@@ -13,7 +14,7 @@ use tiffin_image::{
     blob::{BlobError, BlobStore},
     convert::{Converter, Limits},
 };
-use tiffin_store::{Image, ImageDeleted, NewImage, Partial};
+use tiffin_store::{Image, ImageDeleted, NewImage, NewVm, Partial};
 use tiffin_types::{
     account::Scope,
     id::{Digest, ImageId},
@@ -28,6 +29,7 @@ use super::{
 };
 use crate::{config::Config, error::AppError, fault};
 
+pub(super) use engines::kind_for;
 pub(super) use environments::{config_of, environment_of};
 
 /// Where images are on this host, and what is being uploaded to them.
@@ -253,8 +255,9 @@ pub(super) async fn image_for(app: &App, caller: &Caller, id: Option<&ImageId>) 
 }
 
 /// Refuses to make VMs of what was found damaged.
-pub(super) fn require_whole(app: &App, digest: &Digest) -> Result<(), AppError> {
-    if app.images.filesystems.is_damaged(digest) {
+pub(super) fn require_whole(app: &App, new: &NewVm) -> Result<(), AppError> {
+    let kernel_is_damaged = new.kernel_digest.as_ref().is_some_and(|kernel| app.images.kernels.is_damaged(kernel));
+    if kernel_is_damaged || app.images.filesystems.is_damaged(&new.image_digest) {
         return Err(AppError::Unprocessable {
             code: "image_damaged",
             message: "the image is damaged on the host's disk: upload it again, or have an administrator do it where it is shared; until then use another one".into(),
@@ -263,10 +266,12 @@ pub(super) fn require_whole(app: &App, digest: &Digest) -> Result<(), AppError> 
     Ok(())
 }
 
-/// Whether the image still has that content, asked with the gate held to read.
-pub(super) async fn still_has(app: &App, caller: &Caller, id: &ImageId, digest: &Digest) -> Result<(), AppError> {
-    match app.store.image_get(&caller.account_id, id).await? {
-        Some(image) if image.digest.as_ref() == Some(digest) => Ok(()),
+/// Whether the VM's image still has the content that it is to be made of, asked with the gate held to read.
+pub(super) async fn still_has(app: &App, caller: &Caller, new: &NewVm) -> Result<(), AppError> {
+    let is_it =
+        |image: &Image| image.digest.as_ref() == Some(&new.image_digest) && image.kernel_digest == new.kernel_digest;
+    match app.store.image_get(&caller.account_id, &new.image_id).await? {
+        Some(image) if is_it(&image) => Ok(()),
         Some(_) | None => Err(AppError::field("imageId", "names an image that was deleted or replaced just now")),
     }
 }

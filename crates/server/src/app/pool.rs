@@ -40,13 +40,20 @@ const QUIET: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Kind {
     pub(crate) image: Digest,
+    pub(crate) kernel: Option<Digest>,
     pub(crate) size: VmSize,
     pub(crate) engine: EngineName,
 }
 
 impl Kind {
     fn of(new: &NewVm) -> Self {
-        Self { image: new.image_digest.clone(), size: new.size, engine: new.engine }
+        let (image, kernel) = (new.image_digest.clone(), new.kernel_digest.clone());
+        Self { image, kernel, size: new.size, engine: new.engine }
+    }
+
+    /// Whether its VMs need that blob.
+    fn is_of(&self, blob: &Digest) -> bool {
+        self.image == *blob || self.kernel.as_ref() == Some(blob)
     }
 }
 
@@ -187,17 +194,17 @@ impl Pool {
         state.ready_count() < before
     }
 
-    /// Destroys the VMs of an image that nobody can ask for any more, one that is on its way up too.
-    pub(crate) async fn forget_image(&self, app: &App, image: &Digest) {
+    /// Destroys the VMs of a blob, an image's files or its kernel, that nobody can ask for any more, one that is on its way
+    /// up too.
+    pub(crate) async fn forget_blob(&self, app: &App, blob: &Digest) {
         let gone: Vec<VmId> = {
             let mut state = self.lock();
-            state.demand.forget_image(image);
-            let (of_it, others) =
-                std::mem::take(&mut state.ready).into_iter().partition(|(kind, _)| kind.image == *image);
+            state.demand.forget_blob(blob);
+            let (of_it, others) = std::mem::take(&mut state.ready).into_iter().partition(|(kind, _)| kind.is_of(blob));
             state.ready = others;
             state.tell();
             let of_it: HashMap<Kind, VecDeque<VmId>> = of_it;
-            let coming = state.coming.take_if(|(kind, _)| kind.image == *image).map(|(_, id)| id);
+            let coming = state.coming.take_if(|(kind, _)| kind.is_of(blob)).map(|(_, id)| id);
             of_it.into_values().flatten().chain(coming).collect()
         };
         destroy_all(app, &gone).await;

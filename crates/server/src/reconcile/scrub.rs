@@ -45,7 +45,7 @@ async fn pass(app: &Arc<App>) -> Result<(), AppError> {
     blobs.sort_by_cached_key(|(store, blob)| store.path(&blob.digest).metadata().map_or(0, |file| file.len()));
     for (store, Blob { digest, .. }) in blobs {
         if !store.is_damaged(&digest) && is_damaged(app, &store, &digest).await? {
-            app.pool.forget_image(app, &digest).await;
+            app.pool.forget_blob(app, &digest).await;
         }
     }
     Ok(())

@@ -82,6 +82,11 @@ impl Server {
     }
 
     pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Result<Self> {
+        Self::start_over(Fake::new(), settings).await
+    }
+
+    /// A server over that engine.
+    pub(crate) async fn start_over(fake: Arc<Fake>, settings: &[(&str, &str)]) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let mut all = vec![("data_dir".to_owned(), dir.path().to_str().context("a path of UTF-8")?.to_owned())];
         all.push(("http.shutdown_grace_ms".into(), "300".into()));
@@ -105,7 +110,7 @@ impl Server {
         let mut server = Self {
             url: String::new(),
             key,
-            fake: Fake::new(),
+            fake,
             store,
             client: reqwest::Client::new(),
             settings: all,

@@ -15,6 +15,7 @@ mod images;
 mod import_layers;
 mod import_reach;
 mod imports;
+mod kernels;
 mod logs;
 mod middle;
 mod odd;

@@ -78,6 +78,7 @@ async fn a_create_that_was_cut_short_before_the_engine_knew_leaves_no_record() -
         account_id: record.account_id.clone(),
         image_id: record.image_id.clone(),
         image_digest: record.image_digest.clone(),
+        kernel_digest: None,
         engine: record.engine,
         isolation: record.isolation,
         size: record.size,
@@ -101,6 +102,7 @@ async fn what_no_record_knows_is_removed_from_the_host() -> Result<()> {
     let stray = VmSpec {
         id: tiffin_types::id::VmId::random(),
         image: tiffin_types::id::Digest::from_sha256([9; 32]),
+        kernel: None,
         size: VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 },
         egress: EgressPolicy::default(),
         engine: tiffin_types::vm::EngineName::Fake,

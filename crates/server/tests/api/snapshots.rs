@@ -363,6 +363,7 @@ async fn left(server: &Server, events: &[SnapshotEvent]) -> Result<SnapshotId> {
         name: None,
         image_id: vm.image_id,
         image_digest: vm.image_digest,
+        kernel_digest: None,
         engine: vm.engine,
         size: vm.size,
     };
@@ -380,6 +381,7 @@ fn any_spec() -> VmSpec {
     VmSpec {
         id: tiffin_types::id::VmId::random(),
         image: tiffin_types::id::Digest::from_sha256([7; 32]),
+        kernel: None,
         size: tiffin_types::vm::VmSize { cpus: 1, mem_mb: 128, disk_mb: 1024 },
         egress: Default::default(),
         engine: tiffin_types::vm::EngineName::Fake,
@@ -422,6 +424,7 @@ async fn a_restore_that_was_cut_short_leaves_no_vm() -> Result<()> {
         account_id: record.account_id.clone(),
         image_id: record.image_id.clone(),
         image_digest: record.image_digest.clone(),
+        kernel_digest: None,
         engine: record.engine,
         isolation: record.isolation,
         size: record.size,

@@ -8,15 +8,13 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tiffin_image::blob;
 
-use crate::harness::{Reply, Server, send, until};
+use crate::{
+    harness::{Reply, Server, send, until},
+    kernels::kernel,
+};
 
 /// Settings for machines whose disk is nearly full, and a reconciler that comes round at once.
 const SOON: [(&str, &str); 2] = [("images.min_free_disk_mb", "1"), ("vm.reconcile_ms", "50")];
-
-/// An ELF executable for this machine, which passes for a kernel.
-fn kernel() -> Result<Vec<u8>> {
-    Ok(std::fs::read("/bin/true")?)
-}
 
 /// `Repr-Digest` of those bytes.
 fn digest(bytes: &[u8]) -> Result<(&'static str, String)> {
@@ -57,7 +55,7 @@ impl Server {
 #[tokio::test]
 async fn a_file_may_come_in_pieces_and_what_has_come_outlives_the_server() -> Result<()> {
     let mut server = Server::start_with(&SOON).await?;
-    let (image, file) = (server.image("mine").await?, kernel()?);
+    let (image, file) = (server.image("mine").await?, kernel(1));
     let path = format!("{image}/kernel");
     server.put_part(&path, &file, 0..1000).await?.ok(202);
     let piece = server.put_part(&path, &file, 1000..5000).await?.ok(202);
@@ -83,7 +81,7 @@ async fn a_file_may_come_in_pieces_and_what_has_come_outlives_the_server() -> Re
 #[tokio::test]
 async fn what_goes_on_in_the_wrong_place_is_told_the_right_one_and_loses_nothing() -> Result<()> {
     let server = Server::start_with(&SOON).await?;
-    let (image, file) = (server.image("mine").await?, kernel()?);
+    let (image, file) = (server.image("mine").await?, kernel(1));
     let path = format!("{image}/kernel");
     let refused = server.put_part(&path, &file, 7..100).await?;
     assert!(refused.refused(409, "wrong_offset").starts_with("0 bytes"), "{}", refused.text);
@@ -126,7 +124,7 @@ async fn what_goes_on_in_the_wrong_place_is_told_the_right_one_and_loses_nothing
 #[tokio::test]
 async fn a_file_that_isnt_the_one_that_was_meant_is_refused_and_not_kept() -> Result<()> {
     let server = Server::start_with(&SOON).await?;
-    let (image, file) = (server.image("mine").await?, kernel()?);
+    let (image, file) = (server.image("mine").await?, kernel(1));
     let path = format!("{image}/kernel");
     let (name, right) = digest(&file)?;
     let mut damaged = file.clone();
@@ -188,16 +186,16 @@ async fn one_account_leaves_others_a_place() -> Result<()> {
         until("it began", async || Ok(server.get(&image).await?.ok(200)["status"] == "uploading")).await?;
     }
     let third = server.image("three").await?;
-    let refused = server.put(&format!("{third}/kernel"), kernel()?).await?;
+    let refused = server.put(&format!("{third}/kernel"), kernel(1)).await?;
     assert!(refused.refused(429, "too_many").contains("2 uploads of this account"), "{}", refused.text);
     assert!(refused.headers.contains_key("retry-after"));
     let body = json!({ "name": "theirs", "description": "" });
     let theirs = server.post_as(&key, "/v1/images", &body).await?.ok(201);
     let path = format!("{}/v1/images/{}/kernel", server.url, theirs["id"].as_str().context("an id")?);
-    send(server.client.put(path).header("X-API-Key", &key).body(kernel()?)).await?.ok(204);
+    send(server.client.put(path).header("X-API-Key", &key).body(kernel(1))).await?.ok(204);
     drop(held);
     tasks.join_all().await;
-    until("there is a place again", async || Ok(server.put(&format!("{third}/kernel"), kernel()?).await?.status == 204))
+    until("there is a place again", async || Ok(server.put(&format!("{third}/kernel"), kernel(1)).await?.status == 204))
         .await
 }
 

@@ -224,6 +224,7 @@ async fn cut_short(server: &Server, vm: &str, up: &[bool]) -> Result<SnapshotId>
         name: None,
         image_id: source.image_id.clone(),
         image_digest: source.image_digest.clone(),
+        kernel_digest: None,
         engine: source.engine,
         size: source.size,
     };
@@ -232,6 +233,7 @@ async fn cut_short(server: &Server, vm: &str, up: &[bool]) -> Result<SnapshotId>
         account_id: source.account_id.clone(),
         image_id: source.image_id.clone(),
         image_digest: source.image_digest.clone(),
+        kernel_digest: None,
         engine: source.engine,
         isolation: source.isolation,
         size: source.size,
@@ -251,6 +253,7 @@ async fn cut_short(server: &Server, vm: &str, up: &[bool]) -> Result<SnapshotId>
             let spec = tiffin_types::vm::VmSpec {
                 id,
                 image,
+                kernel: None,
                 size: clone.size,
                 egress: clone.egress.clone(),
                 engine: tiffin_types::vm::EngineName::Fake,

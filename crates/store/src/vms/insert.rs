@@ -3,7 +3,7 @@
 use sqlx::AnyConnection;
 use tiffin_types::{
     account::Quota,
-    id::{AccountId, HostLabel, SnapshotId},
+    id::{AccountId, Digest, HostLabel, SnapshotId},
     time::Timestamp,
     vm::{Lifetime, VmState},
 };
@@ -129,8 +129,8 @@ pub(crate) async fn insert(new: &NewVm, state: VmState, tx: &mut AnyConnection) 
     let statement = sqlx::query(concat!(
         "INSERT INTO vms (id, account_id, image_id, image_digest, engine, isolation, cpus, mem_mb, disk_mb, egress,
              state, desired, provision_mode, created_at, updated_at, snapshot_id, started_at,
-             host_label, lifetime, port, volume_gb)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14, $15, $16, $17, $18, $19, $20)
+             host_label, lifetime, port, volume_gb, kernel_digest)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14, $15, $16, $17, $18, $19, $20, $21)
          RETURNING ",
         columns!()
     ))
@@ -153,7 +153,8 @@ pub(crate) async fn insert(new: &NewVm, state: VmState, tx: &mut AnyConnection) 
     .bind(HostLabel::random().to_string())
     .bind(new.service.map(|service| service.lifetime.as_str()))
     .bind(new.service.and_then(|service| service.port).map(i64::from))
-    .bind(new.service.and_then(|service| service.volume_gb).map(i64::from));
+    .bind(new.service.and_then(|service| service.volume_gb).map(i64::from))
+    .bind(new.kernel_digest.as_ref().map(Digest::as_str));
     let row = returned(statement, tx)
         .await
         .map_err(|error| StoreError::or_conflict(error, format!("{} exists or its size is zero", new.id)))?;

@@ -49,6 +49,7 @@ pub(crate) fn new_vm(account: &AccountId) -> NewVm {
         account_id: account.clone(),
         image_id: ImageId::random(),
         image_digest: digest(1),
+        kernel_digest: None,
         engine: EngineName::Gvisor,
         isolation: Isolation::UserspaceKernel,
         size: SIZE,

@@ -89,6 +89,34 @@ pub(crate) async fn digests_of_images_and_of_vms_that_exist_are_in_use(db: Db) {
     assert_eq!(used, [digest(2), digest(3)]);
 }
 
+pub(crate) async fn a_kernel_stays_as_long_as_an_image_a_vm_or_a_snapshot_has_it(db: Db) {
+    let store = db.open().await;
+    let ada = account(&store, "ada").await;
+    let image = store.image_insert(new_image(Some(&ada.id), 1)).await.unwrap();
+    assert!(store.image_upload_begin(&image.id, Upload::Kernel).await.unwrap());
+    let kernel = Uploaded::Kernel { digest: digest(7), size_bytes: 1 };
+    let room = ImageQuota { images: 9, bytes: u64::MAX };
+    store.image_upload_finish(&image.id, Some(&ada.id), &room, &kernel).await.unwrap().unwrap();
+    for (blob, has) in [(1, true), (7, true), (8, false)] {
+        assert_eq!(store.image_has_blob(&digest(blob)).await.unwrap(), has, "{blob}");
+    }
+    let new = tiffin_store::NewVm { kernel_digest: Some(digest(8)), ..crate::fixtures::new_vm(&ada.id) };
+    store.vm_insert(&new, &crate::fixtures::QUOTA, None).await.unwrap();
+    let made = store.vm_get(&ada.id, &new.id).await.unwrap().unwrap();
+    assert_eq!(made.kernel_digest, Some(digest(8)));
+    let saved = tiffin_store::NewSnapshot { kernel_digest: Some(digest(9)), ..super::snapshots::new_snapshot(&made) };
+    store.snapshot_insert(&saved, &crate::fixtures::QUOTA, 9).await.unwrap();
+    assert_eq!(store.snapshot_get(&ada.id, &saved.id).await.unwrap().unwrap().kernel_digest, Some(digest(9)));
+    let used = async || {
+        let mut used = store.digests_in_use().await.unwrap();
+        used.sort();
+        used
+    };
+    assert_eq!(used().await, [digest(1), digest(7), digest(8), digest(9)]);
+    store.vm_transition(&new.id, VmState::Created, VmEvent::Delete, Default::default()).await.unwrap().unwrap();
+    assert_eq!(used().await, [digest(1), digest(7), digest(9)]);
+}
+
 pub(crate) async fn an_image_of_no_account_is_refused(db: Db) {
     let store = db.open().await;
     let refused = store.image_insert(new_image(Some(&AccountId::random()), 1)).await;

@@ -89,6 +89,7 @@ cases! {
         what_a_manifest_was_made_is_found_until_nobody_has_it_or_another_upload_replaced_it,
         an_import_keeps_to_both_parts_of_the_quota,
         digests_of_images_and_of_vms_that_exist_are_in_use,
+        a_kernel_stays_as_long_as_an_image_a_vm_or_a_snapshot_has_it,
         an_image_of_no_account_is_refused,
         an_upload_begins_and_ends_and_gives_up_the_blob_that_it_replaces,
         an_accounts_images_are_bounded_in_number_and_bytes,

@@ -15,7 +15,7 @@ use tiffin_types::{
 
 use crate::fixtures::{Db, QUOTA, SIZE, account, digest, new_vm, race, vm};
 
-fn new_snapshot(of: &Vm) -> NewSnapshot {
+pub(crate) fn new_snapshot(of: &Vm) -> NewSnapshot {
     NewSnapshot {
         id: SnapshotId::random(),
         account_id: of.account_id.clone(),
@@ -23,6 +23,7 @@ fn new_snapshot(of: &Vm) -> NewSnapshot {
         name: Some("after \"setup\" – ü".to_owned()),
         image_id: of.image_id.clone(),
         image_digest: of.image_digest.clone(),
+        kernel_digest: None,
         engine: of.engine,
         size: of.size,
     }

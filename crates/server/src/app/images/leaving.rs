@@ -56,9 +56,9 @@ pub(crate) async fn release_leaving(app: &Arc<App>) {
 
 async fn release(app: &Arc<App>, blobs: &BTreeSet<Digest>) -> Result<(), AppError> {
     for digest in blobs {
-        if app.store.image_by_digest(digest).await?.is_none() {
+        if !app.store.image_has_blob(digest).await? {
             // Before the gate is taken: it takes its time, and from now on nobody is given one.
-            app.pool.forget_image(app, digest).await;
+            app.pool.forget_blob(app, digest).await;
         }
     }
     let _gate = app.images.gate.write().await;

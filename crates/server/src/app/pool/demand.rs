@@ -35,9 +35,9 @@ impl Demand {
         self.0.remove(kind);
     }
 
-    /// Forgets all of an image: nobody can ask for it any more.
-    pub(super) fn forget_image(&mut self, image: &Digest) {
-        self.0.retain(|kind, _| kind.image != *image);
+    /// Forgets all of a blob: nobody can ask for it any more.
+    pub(super) fn forget_blob(&mut self, blob: &Digest) {
+        self.0.retain(|kind, _| !kind.is_of(blob));
     }
 
     /// How often each kind was asked for within `recent`; what is older is forgotten.
@@ -82,6 +82,7 @@ mod tests {
     fn kind(mem_mb: u32) -> Kind {
         Kind {
             image: Digest::from_sha256([1; 32]),
+            kernel: None,
             size: VmSize { cpus: 1, mem_mb, disk_mb: 1024 },
             engine: EngineName::Gvisor,
         }
@@ -133,6 +134,18 @@ mod tests {
         demand.note(&kind(128), 3);
         demand.forget(&kind(128));
         assert!(demand.counts(Duration::from_secs(3600)).is_empty());
+    }
+
+    #[test]
+    fn what_is_of_a_blob_goes_with_it_be_it_files_or_a_kernel() {
+        let own = Kind { kernel: Some(Digest::from_sha256([2; 32])), ..kind(128) };
+        for (blob, left) in [(1, 0), (2, 1), (3, 2)] {
+            let mut demand = Demand::default();
+            demand.note(&own, 3);
+            demand.note(&kind(128), 3);
+            demand.forget_blob(&Digest::from_sha256([blob; 32]));
+            assert_eq!(demand.counts(Duration::from_secs(3600)).len(), left, "{blob}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tiffin_types::{
 };
 
 use super::{App, Instant, Kind, QUIET, demand::targets, destroy_all};
-use crate::error::chain;
+use crate::{app::images::kind_for, error::chain};
 
 /// How often the pool is looked at when nothing happens.
 const IDLE_POLL: Duration = Duration::from_secs(1);
@@ -47,16 +47,17 @@ async fn tend(app: &Arc<App>) -> bool {
 async fn wanted(app: &App) -> HashMap<Kind, usize> {
     let config = &app.pool.config;
     let counts = app.pool.lock().demand.counts(config.recent);
-    let engine = app.engine.default_kind().name;
     let mut keep = Vec::new();
     if !config.keep.is_empty()
         && let Ok(Some(image)) = app.store.image_default().await
-        && let Some(image) = image.digest
+        && let Some(digest) = image.digest
+        && let Ok(kind) = kind_for(app, None, image.kernel_digest.as_ref())
     {
+        let (engine, kernel) = (kind.name, image.kernel_digest);
         let disk_mb = tiffin_types::limits::DISK_MB_DEFAULT;
         keep.extend(config.keep.iter().map(|keep| {
             let size = VmSize { cpus: keep.cpus, mem_mb: keep.mem_mb, disk_mb };
-            (Kind { image: image.clone(), size, engine }, keep.count)
+            (Kind { image: digest.clone(), kernel: kernel.clone(), size, engine }, keep.count)
         }));
     }
     targets(&keep, &counts, config.max_vms)
@@ -97,6 +98,7 @@ async fn boot(app: &Arc<App>, kind: Kind) {
         let spec = VmSpec {
             id: id.clone(),
             image: kind.image.clone(),
+            kernel: kind.kernel.clone(),
             size: kind.size,
             egress: EgressPolicy::default(),
             engine: kind.engine,
@@ -119,17 +121,19 @@ async fn boot(app: &Arc<App>, kind: Kind) {
 }
 
 /// Makes a VM, if its image is still there; whether it was. From then on the engine sees a user of the image, and
-/// [`super::Pool::forget_image`] the VM.
+/// [`super::Pool::forget_blob`] the VM.
 async fn make(app: &App, kind: &Kind, spec: &VmSpec) -> Result<bool, EngineError> {
     // The blob can't go meanwhile.
     let _gate = app.images.gate.read().await;
-    match app.store.image_by_digest(&kind.image).await {
-        Ok(Some(_)) => {}
-        Ok(None) => {
-            app.pool.lock().demand.forget_image(&kind.image);
-            return Ok(false);
+    for blob in std::iter::once(&kind.image).chain(&kind.kernel) {
+        match app.store.image_has_blob(blob).await {
+            Ok(true) => {}
+            Ok(false) => {
+                app.pool.lock().demand.forget_blob(blob);
+                return Ok(false);
+            }
+            Err(error) => return Err(EngineError::host("looking for the image", error)),
         }
-        Err(error) => return Err(EngineError::host("looking for the image", error)),
     }
     app.pool.lock().coming = Some((kind.clone(), spec.id.clone()));
     app.engine.create(spec).await.map(|()| true)

@@ -74,6 +74,7 @@ pub(crate) fn new_snapshot(vm: &Vm, name: Option<String>) -> NewSnapshot {
         name,
         image_id: vm.image_id.clone(),
         image_digest: vm.image_digest.clone(),
+        kernel_digest: vm.kernel_digest.clone(),
         engine: vm.engine,
         size: vm.size,
     }

@@ -93,7 +93,7 @@ async fn keep_kernel(app: &Arc<App>, upload: Utf8PathBuf) -> Result<Uploaded, Ap
     let kept = blocking(move || -> Result<_, AppError> {
         let file = File::open(&upload).map_err(|error| AppError::internal("reading an upload", error))?;
         kernel::check(&file).map_err(|error| match error {
-            KernelError::Refused(why) => AppError::Unprocessable { code: "bad_kernel", message: why.into() },
+            KernelError::Refused(why) => AppError::Unprocessable { code: "bad_kernel", message: why.into_owned() },
             error @ KernelError::Io(_) => AppError::internal("checking a kernel", error),
         })?;
         app.images.kernels.put_file(&upload).map_err(|error| match error {

@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use tiffin_engine::Kind;
 use tiffin_store::{Idempotency, Inserted, NewVm, Vm};
 use tiffin_types::{
     account::Scope,
@@ -21,7 +20,7 @@ use super::{
 };
 use crate::{
     app::{
-        images::{image_for, require_whole, still_has},
+        images::{image_for, kind_for, require_whole, still_has},
         places::Place,
         pool::Claimed,
     },
@@ -97,13 +96,14 @@ async fn wanted(app: &App, caller: &Caller, request: &VmRequest) -> Result<Wante
         Some((_, env)) => Some(program_of(&image, env)?),
         None => None,
     };
-    let kind = kind_for(app, request.engine)?;
+    let kind = kind_for(app, request.engine, image.kernel_digest.as_ref())?;
     let disk_mb = request.disk_mb.unwrap_or(limits::DISK_MB_DEFAULT);
     let new = NewVm {
         id: VmId::random(),
         account_id: caller.account_id.clone(),
         image_id: image.id,
         image_digest: digest,
+        kernel_digest: image.kernel_digest,
         engine: kind.name,
         isolation: kind.isolation,
         size: VmSize { cpus: request.cpus, mem_mb: request.mem_mb, disk_mb },
@@ -113,15 +113,6 @@ async fn wanted(app: &App, caller: &Caller, request: &VmRequest) -> Result<Wante
         service: request.service.as_ref().map(|(service, _)| *service),
     };
     Ok(Wanted { new, program })
-}
-
-/// The kind of VM that was asked for, or the one for those who don't say.
-fn kind_for(app: &App, engine: Option<EngineName>) -> Result<Kind, AppError> {
-    let Some(name) = engine else { return Ok(app.engine.default_kind()) };
-    app.engine.kind(name).ok_or_else(|| {
-        let names: Vec<&str> = app.engine.kinds().iter().map(|kind| kind.name.as_str()).collect();
-        AppError::field("engine", format!("must be one of this host's: {}", names.join(", ")))
-    })
 }
 
 /// How a VM's record begins.
@@ -153,7 +144,7 @@ async fn attempt(
         return answer_to(app, caller, known).await;
     }
     let Wanted { new, program } = &wanted(app, caller, request).await?;
-    require_whole(app, &new.image_digest)?;
+    require_whole(app, new)?;
     if let Some(claimed) = app.pool.claim(app, new).await {
         return attempt_with(app, caller, new, idempotent, claimed).await;
     }
@@ -222,7 +213,7 @@ async fn insert(
     // From here to the record the image's blob can't go. That of a snapshot is the snapshot's, whose share is held.
     let _gate = app.images.gate.read().await;
     if new.snapshot_id.is_none() {
-        still_has(app, caller, &new.image_id, &new.image_digest).await?;
+        still_has(app, caller, new).await?;
     }
     let inserted = match begins {
         Begins::Running => app.store.vm_insert_running(new, &account.quota, idempotency).await?,

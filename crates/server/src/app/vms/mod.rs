@@ -82,7 +82,7 @@ pub(crate) async fn vm_delete(app: &Arc<App>, caller: &Caller, id: &VmId) -> Res
         fault::point("after_delete_intent");
         let destroyed = destroy(&work, &id).await;
         // Its image may have been replaced since, and be needed by nobody now.
-        work.images.leaving.add([vm.image_digest]);
+        work.images.leaving.add(std::iter::once(vm.image_digest).chain(vm.kernel_digest));
         destroyed
     })
     .await
@@ -154,6 +154,7 @@ pub(crate) fn spec_of(vm: &Vm) -> VmSpec {
     VmSpec {
         id: vm.id.clone(),
         image: vm.image_digest.clone(),
+        kernel: vm.kernel_digest.clone(),
         size: vm.size,
         egress: vm.egress.clone(),
         engine: vm.engine,
