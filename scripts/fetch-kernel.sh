@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts the kernel of QEMU's VMs into .tiffin/kernel: Debian's cloud kernel, unpacked, with its modules. The machine's own
-# kernel and its installed packages are not touched.
+# Puts the kernel of QEMU's VMs into .tiffin/kernel: Debian's cloud kernel, unpacked, with its modules, and beside it as it
+# came (vmlinuz), which tests upload. The machine's own kernel and its installed packages are not touched.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
@@ -55,6 +55,7 @@ fetch() {
     dpkg-deb -x "$WORK"/linux-image-*.deb "$WORK/root"
     mkdir "$WORK/kernel"
     unpack "$WORK"/root/boot/vmlinuz-* "$WORK/kernel/vmlinux"
+    mv "$WORK"/root/boot/vmlinuz-* "$WORK/kernel/vmlinuz"
     mv "$WORK"/root/lib/modules/*/kernel "$WORK/kernel/modules"
     say "$package" >"$WORK/kernel/package"
     rm -rf "$KERNEL"
@@ -64,6 +65,6 @@ fetch() {
 
 if [[ $(uname -m) != x86_64 ]]; then
     say "    no QEMU VMs on $(uname -m): their kernel is x86-64"
-elif [[ ! -e $KERNEL/package ]]; then
+elif [[ ! -e $KERNEL/package || ! -e $KERNEL/vmlinuz ]]; then
     step "fetching the kernel of QEMU's VMs" fetch
 fi
