@@ -11,6 +11,8 @@
 mod harness;
 #[path = "vms/kernels.rs"]
 mod kernels;
+#[path = "vms/server.rs"]
+mod server;
 
 use std::{
     collections::BTreeSet,
@@ -21,6 +23,8 @@ use std::{
 
 use harness::{Host, sh};
 use kernels::MARK;
+use serde_json::{Value, json};
+use server::Site;
 use tiffin_engine::{Engine, EngineError, LogKind, monitored::MachinesConfig};
 use tiffin_types::vm::{EndReason, EndReport, EngineName, VmSpec};
 
@@ -184,4 +188,87 @@ async fn kernels_that_no_machine_boots_any_more_are_removed_at_the_servers_start
     host.config.engine = EngineName::Gvisor;
     host.restart().await;
     assert!(prepared(&host).is_empty());
+}
+
+/// A server that has QEMU, on which the default image has that kernel; and the image's path.
+async fn site_with(kernel: Vec<u8>) -> (Site, String) {
+    let host = format!("qemu.kernel={}", harness::required("TIFFIN_KERNEL").display());
+    let site = Site::start(&["images.min_free_disk_mb=64", "vm.reconcile_ms=200", &host]).await;
+    let images = site.ask("GET", "/v1/images", None).await.body;
+    let image = format!("/v1/images/{}", images[0]["id"].as_str().unwrap());
+    put(&site, &image, kernel).await;
+    (site, image)
+}
+
+async fn put(site: &Site, image: &str, kernel: Vec<u8>) {
+    let uploaded = site.try_upload(&format!("{image}/kernel"), kernel).await.unwrap();
+    assert_eq!(uploaded.status, 204, "{uploaded:?}");
+}
+
+fn small_of(engine: Option<&str>) -> Value {
+    let mut body = json!({ "cpu": 1, "memMb": 256, "allowIps": [], "diskSizeMb": 64 });
+    if let Some(engine) = engine {
+        body["engine"] = json!(engine);
+    }
+    body
+}
+
+fn blobs(site: &Site) -> usize {
+    fs::read_dir(site.data.join("images/kernels")).unwrap().count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_keeps_the_kernel_it_was_made_with_over_an_upload_a_kill_of_the_server_and_a_stop() {
+    let (mut site, image) = site_with(kernels::marked()).await;
+    let made = site.ask("POST", "/v1/vms", Some(small_of(None))).await;
+    assert_eq!((&made.body["engine"], &made.body["isolation"]), (&json!("qemu"), &json!("emulated-vm")), "{made:?}");
+    let vm = made.id();
+    let is_marked = async |site: &Site| site.sh(&vm, "uname -v").await.contains(MARK);
+    assert!(is_marked(&site).await);
+    let refused = site.ask("POST", "/v1/vms", Some(small_of(Some("gvisor")))).await;
+    assert_eq!((refused.status, &refused.body["code"]), (400, &json!("invalid_parameter")), "{refused:?}");
+
+    put(&site, &image, kernels::bz_image()).await;
+    site.kill().await;
+    site.serve(None).await;
+    assert_eq!(site.get(&vm).await.body["state"], "RUNNING");
+    assert!(is_marked(&site).await);
+    assert_eq!(site.ask("POST", &format!("/v1/vms/{vm}/stop"), None).await.status, 204);
+    site.kill().await;
+    site.serve(None).await;
+    assert_eq!(site.ask("POST", &format!("/v1/vms/{vm}/start"), None).await.status, 204);
+    assert!(is_marked(&site).await);
+    let refused = site.ask("DELETE", &image, None).await;
+    assert_eq!((refused.status, &refused.body["code"]), (409, &json!("in_use")), "{refused:?}");
+    assert_eq!(blobs(&site), 2);
+    site.delete(&vm).await;
+    harness::eventually("nobody boots the first one any more", async || blobs(&site) == 1).await;
+    site.is_tidy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_that_fails_by_its_kernel_says_why_and_one_that_a_kill_cuts_off_is_gone_on_with() {
+    let (mut site, image) = site_with(kernels::of_another_release()).await;
+    let failed = site.ask("POST", "/v1/vms", Some(small_of(None))).await;
+    assert_eq!((failed.status, &failed.body["code"]), (500, &json!("boot_failed")), "{failed:?}");
+    let said = failed.body["message"].as_str().unwrap();
+    assert!(said.contains("has no virtio_mmio") && said.contains("CONFIG_VIRTIO_MMIO"), "{said}");
+    assert_eq!(site.list().await, []);
+    site.is_tidy().await;
+
+    put(&site, &image, kernels::marked()).await;
+    site.kill().await;
+    for point in ["after_engine_create", "after_engine_start"] {
+        site.serve(Some(point)).await;
+        let create = async |site: &Site| site.try_ask("POST", "/v1/vms", Some(point), Some(small_of(None))).await;
+        assert!(create(&site).await.is_err());
+        site.ended().await;
+        site.serve(None).await;
+        site.is_tidy().await;
+        let vm = create(&site).await.unwrap().id();
+        assert!(site.sh(&vm, "uname -v").await.contains(MARK), "{point}");
+        site.delete(&vm).await;
+        site.is_tidy().await;
+        site.kill().await;
+    }
 }
