@@ -249,7 +249,7 @@ pub trait Engine: Send + Sync + 'static {
     /// As [`Engine::create`], with the disk of a snapshot, and the first start goes on where the snapshot was taken
     /// instead of booting; each later one boots. The VM becomes itself before that start returns: host name, machine
     /// id, token, addresses, clock and the kernel's random state are its own, and two VMs of one snapshot share nothing.
-    /// `spec` must name the image, CPUs, memory and disk of the snapshot ([`EngineError::Invalid`]); its egress is its
+    /// `spec` must name the image, kernel, CPUs, memory and disk of the snapshot ([`EngineError::Invalid`]); its egress is its
     /// own. A snapshot that is damaged, was made by another host or by an engine that this one can't take over from is
     /// [`EngineError::BadSnapshot`]. Once this returned, the snapshot may be removed.
     async fn create_from(&self, spec: &VmSpec, snapshot: &SnapshotId) -> Result<(), EngineError>;

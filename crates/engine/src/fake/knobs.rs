@@ -87,9 +87,7 @@ impl Fake {
 
     /// Puts a snapshot on the host that no server knows of.
     pub fn plant_snapshot(&self, id: SnapshotId, spec: &VmSpec) {
-        let (image, size) = (spec.image.clone(), spec.size);
-        let snapshot = FakeSnapshot::of(image, size);
-        self.lock().snapshots.insert(id, snapshot);
+        self.lock().snapshots.insert(id, FakeSnapshot::of(spec));
     }
 
     /// Makes the snapshot vanish without a word.

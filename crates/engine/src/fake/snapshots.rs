@@ -17,6 +17,7 @@ pub(super) type Texts = BTreeMap<String, String>;
 #[derive(Debug, Clone)]
 pub(super) struct FakeSnapshot {
     pub(super) image: Digest,
+    kernel: Option<Digest>,
     pub(super) size: VmSize,
     pub(super) memory: Texts,
     pub(super) disk: Texts,
@@ -27,9 +28,11 @@ pub(super) struct FakeSnapshot {
 }
 
 impl FakeSnapshot {
-    /// One of a VM that never ran anything.
-    pub(super) fn of(image: Digest, size: VmSize) -> Self {
-        Self { image, size, memory: Texts::new(), disk: Texts::new(), program_runs: false, files: None, damaged: false }
+    /// One of such a VM that never ran anything.
+    pub(super) fn of(spec: &VmSpec) -> Self {
+        let (image, kernel, size) = (spec.image.clone(), spec.kernel.clone(), spec.size);
+        let (memory, disk) = (Texts::new(), Texts::new());
+        Self { image, kernel, size, memory, disk, program_runs: false, files: None, damaged: false }
     }
 }
 
@@ -44,8 +47,8 @@ pub(super) fn create_from(state: &mut State, spec: &VmSpec, snapshot: &SnapshotI
         Some(saved) if saved.damaged => return Err(EngineError::BadSnapshot("the snapshot is damaged".into())),
         Some(saved) => saved.clone(),
     };
-    if (&saved.image, saved.size) != (&spec.image, spec.size) {
-        return Err(EngineError::Invalid("the snapshot is of another image or size".into()));
+    if (&saved.image, &saved.kernel, saved.size) != (&spec.image, &spec.kernel, spec.size) {
+        return Err(EngineError::Invalid("the snapshot is of another image, kernel or size".into()));
     }
     if state.vms.contains_key(&spec.id) {
         let vm = state.exclusive(&spec.id)?;
@@ -88,8 +91,7 @@ pub(super) fn finish_save(state: &mut State, id: &VmId, into: SnapshotId) -> Res
         Phase::Stopped => return Err(EngineError::WrongState("stopped")),
     }
     let (memory, disk, program_runs) = (vm.memory.clone(), vm.disk.clone(), vm.program_runs);
-    let saved =
-        FakeSnapshot { memory, disk, program_runs, files, ..FakeSnapshot::of(vm.spec.image.clone(), vm.spec.size) };
+    let saved = FakeSnapshot { memory, disk, program_runs, files, ..FakeSnapshot::of(&vm.spec) };
     state.snapshots.insert(into, saved);
     Ok(Saved { size_bytes: SIZE_BYTES, paused: Duration::ZERO })
 }

@@ -46,6 +46,9 @@ pub(super) struct Manifest {
     pub(super) cpu: BTreeSet<String>,
     /// The image below the disk.
     pub(super) image: Digest,
+    /// The kernel that its image came with, if it did: VMs of it boot that after a stop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) kernel: Option<Digest>,
     /// The VM's size.
     pub(super) size: VmSize,
     /// The agent's secret in the saved memory.
@@ -186,6 +189,7 @@ mod tests {
             engine_version: "runsc version 1".into(),
             cpu: ["sse".to_owned()].into(),
             image: Digest::from_sha256([1; 32]),
+            kernel: Some(Digest::from_sha256([2; 32])),
             size: VmSize { cpus: 1, mem_mb: 128, disk_mb: 64 },
             token: "t".into(),
             agent: "a".into(),

@@ -110,6 +110,7 @@ impl Snapshots {
             engine_version: launch.engine_version.clone(),
             cpu: cpu_features()?,
             image: spec.image.clone(),
+            kernel: spec.kernel.clone(),
             size: spec.size,
             token: token.to_owned(),
             agent,
@@ -299,7 +300,7 @@ impl Snapshots {
     }
 }
 
-/// Refuses a VM that isn't of the snapshot's image and size.
+/// Refuses a VM that isn't of the snapshot's image, kernel and size.
 fn fits(manifest: &Manifest, spec: &VmSpec) -> Result<(), EngineError> {
     let (saved, asked) = (manifest.size, spec.size);
     for (what, saved, asked) in [
@@ -316,6 +317,9 @@ fn fits(manifest: &Manifest, spec: &VmSpec) -> Result<(), EngineError> {
     }
     if manifest.image != spec.image {
         return Err(EngineError::Invalid("the snapshot is of a VM of another image".into()));
+    }
+    if manifest.kernel != spec.kernel {
+        return Err(EngineError::Invalid("the snapshot is of a VM with another kernel".into()));
     }
     Ok(())
 }
