@@ -63,8 +63,8 @@ pub(crate) async fn image_rootfs_update(
 
 /// Upload an image's kernel
 ///
-/// The body is a Linux kernel for x86-64: a vmlinux (ELF) or a bzImage. Engines that boot no kernel, as gVisor, don't use it. It can be
-/// gone on with as a filesystem can.
+/// The body is a Linux kernel for x86-64: a vmlinux (ELF, built with CONFIG_PVH) or a bzImage. VMs that are made of the image from then on
+/// boot it, under an engine that boots kernels (qemu). It can be gone on with as a filesystem can.
 #[utoipa::path(put, path = "/v1/images/{id}/kernel", operation_id = "image_kernel_update", tag = "Images",
     params(("id" = String, Path),
         ("Content-Range" = Option<String>, Header, description = "Which bytes of the file the body has: `bytes FIRST-LAST/TOTAL`; `bytes */TOTAL` with an empty body when all have come"),

@@ -65,7 +65,8 @@ pub(crate) struct VmCreate {
     /// Room for what it writes, in MiB; 1024 or the snapshot's when missing.
     #[schema(minimum = 64, maximum = 512_000)]
     disk_size_mb: Option<u32>,
-    /// What runs it, of what this host has; the server's `engine`, or the snapshot's, when missing.
+    /// What runs it, of what this host has. When missing: the snapshot's; for an image with a kernel of its own, one that
+    /// boots kernels; else the server's `engine`.
     #[schema(example = "gvisor")]
     engine: Option<String>,
 }
