@@ -311,7 +311,7 @@ async fn a_boot_that_can_not_work_says_so_and_leaves_nothing() {
     let broken = host.config.data_dir.join("broken-runsc");
     std::fs::write(&broken, "#!/bin/sh\necho no such luck >&2\nexit 7\n").unwrap();
     std::fs::set_permissions(&broken, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    host.config.runsc = broken;
+    host.config.runsc = Some(broken);
     host.restart().await;
     let spec = host.spec();
     host.engine.create(&spec).await.unwrap();

@@ -300,14 +300,14 @@ fn real_engine() -> String {
 }
 
 /// `runsc`, but for what `first` does before it.
-fn engine_that(host: &Host, first: &str) -> PathBuf {
+fn engine_that(host: &Host, first: &str) -> Option<PathBuf> {
     let path = host.config.data_dir.join("runsc-that");
     let real = harness::required("TIFFIN_RUNSC");
     // A program that is being run can't be written.
     let _ = fs::remove_file(&path);
     fs::write(&path, format!("#!/bin/sh\n{first}\nexec {} \"$@\"\n", real.display())).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    path
+    Some(path)
 }
 
 #[tokio::test(flavor = "multi_thread")]

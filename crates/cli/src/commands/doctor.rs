@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use tiffin_engine::doctor::{self, Check, DoctorInput, Level};
-use tiffin_server::Config;
+use tiffin_server::{Config, config::EngineChoice};
 
 use crate::{
     commands::settings::Settings,
@@ -55,6 +55,10 @@ pub(crate) fn refuse_unfit_host(config: &Config) -> Result<(), Failure> {
 
 fn input(config: &Config) -> DoctorInput {
     DoctorInput {
+        engine: match config.engine {
+            EngineChoice::Named(name) => Some(name),
+            EngineChoice::Auto => None,
+        },
         qemu: config.qemu.program.clone(),
         kernel: config.qemu.kernel.clone(),
         data_dir: config.data_dir.clone(),

@@ -1,4 +1,4 @@
-#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(dead_code, unused_imports, unused_macros, reason = "each test program uses a part of it")]
 //! Real VMs for tests: an engine over a folder of its own, with the image, the agent and the `runsc` that `make test`
 //! names in the environment.
 
@@ -25,6 +25,25 @@ pub(crate) fn required(name: &str) -> PathBuf {
     PathBuf::from(std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set: run the tests by `make test`")))
 }
 
+/// Makes a test on gVisor and one on QEMU of each function that takes the engine's name.
+macro_rules! on_both_engines {
+    ($($promise:ident),* $(,)?) => {
+        mod gvisor {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::$promise(super::EngineName::Gvisor).await;
+            })*
+        }
+        mod qemu {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::$promise(super::EngineName::Qemu).await;
+            })*
+        }
+    };
+}
+pub(crate) use on_both_engines;
+
 /// A folder with the default image in it, and an engine over it.
 pub(crate) struct Host {
     pub(crate) engine: Arc<Monitored>,
@@ -46,7 +65,7 @@ impl Host {
         let config = HostConfig {
             data_dir,
             run_dir,
-            runsc: required("TIFFIN_RUNSC"),
+            runsc: Some(required("TIFFIN_RUNSC")),
             machines: (engine == EngineName::Qemu).then(machines),
             engine,
             agent: required("TIFFIN_AGENT"),

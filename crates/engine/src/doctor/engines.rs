@@ -6,29 +6,36 @@ use std::{
     process::Command,
 };
 
-use camino::Utf8Path;
+use tiffin_types::vm::EngineName;
 
-use super::{Check, DoctorInput, tools};
+use super::{Check, DoctorInput, kvm, tools};
 use crate::{
     gvisor::MIN_RELEASE,
     qemu::{self, QEMU, read_release},
 };
 
 pub(super) fn check(input: &DoctorInput) -> Vec<Check> {
-    let mut checks = vec![gvisor(input.runsc.as_deref())];
+    let mut checks = vec![gvisor(input)];
     checks.extend(qemu(input));
     checks.extend(unused("firecracker", "firecracker"));
     checks
 }
 
-fn gvisor(named: Option<&Utf8Path>) -> Check {
+fn gvisor(input: &DoctorInput) -> Check {
     let remedy = format!(
         "install runsc {MIN_RELEASE} or newer (Debian 12: from bookworm-backports, as `make runsc` does) and name it \
          with the setting runsc"
     );
-    let path = named.map(|path| path.as_std_path().to_owned()).or_else(|| on_path("runsc"));
-    let Some(path) = path else {
-        return Check::fail("gvisor", "no runsc on PATH", remedy);
+    let named = input.runsc.as_ref().map(|path| path.as_std_path().to_owned());
+    let found = match &named {
+        Some(path) => format!("no {}", path.display()),
+        None => "no runsc on PATH".to_owned(),
+    };
+    let Some(path) = named.or_else(|| on_path("runsc")).filter(|path| path.is_file()) else {
+        return match is_gvisor_needed(input) {
+            true => Check::fail("gvisor", found, remedy),
+            false => Check::warn("gvisor", format!("{found}: VMs run with QEMU alone"), remedy),
+        };
     };
     let shown = path.display();
     match tools::first_line(Command::new(&path).arg("--version")) {
@@ -44,6 +51,15 @@ fn gvisor(named: Option<&Utf8Path>) -> Check {
             ),
             None => Check::fail("gvisor", format!("{shown} tells no release: {line:?}"), remedy),
         },
+    }
+}
+
+/// Whether it runs the VMs of which nobody says by what. The server picks in the same way.
+fn is_gvisor_needed(input: &DoctorInput) -> bool {
+    match input.engine {
+        Some(EngineName::Qemu) => false,
+        Some(EngineName::Gvisor | EngineName::Firecracker | EngineName::Fake) => true,
+        None => input.kernel.is_none() || !kvm::works(),
     }
 }
 

@@ -30,6 +30,7 @@ mod tests {
         let input = DoctorInput {
             data_dir: data_dir.clone(),
             run_dir,
+            engine: None,
             runsc: None,
             qemu: None,
             kernel: None,

@@ -30,6 +30,7 @@ use std::{
 
 use camino::Utf8PathBuf;
 use serde::Serialize;
+use tiffin_types::vm::EngineName;
 
 /// How long a probe may take. They run side by side, in a fraction of a second; a server that starts again on a host that
 /// its VMs keep busy must not be refused for being slow.
@@ -42,6 +43,8 @@ pub struct DoctorInput {
     pub data_dir: Utf8PathBuf,
     /// Where images are mounted, or will be.
     pub run_dir: Utf8PathBuf,
+    /// What runs VMs unless another is asked for; `None` is for the server to pick.
+    pub engine: Option<EngineName>,
     /// gVisor's program; looked for on `PATH` when not named.
     pub runsc: Option<Utf8PathBuf>,
     /// QEMU's program; looked for on `PATH` when not named.

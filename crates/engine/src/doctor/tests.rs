@@ -4,6 +4,7 @@ use super::*;
 
 fn input() -> DoctorInput {
     DoctorInput {
+        engine: None,
         qemu: None,
         kernel: None,
         data_dir: "/tmp/tiffin-doctor-test/data".into(),
@@ -31,6 +32,14 @@ fn a_runsc_that_is_missing_fails_with_a_remedy() {
     assert_eq!(check.level, Level::Fail);
     assert!(check.found.contains("/nonexistent/runsc"), "{check:?}");
     assert!(check.remedy.as_ref().unwrap().contains("backports"), "{check:?}");
+}
+
+#[test]
+fn a_runsc_that_is_missing_is_missed_by_nobody_where_vms_are_qemus() {
+    let missing = DoctorInput { runsc: Some("/nonexistent/runsc".into()), ..input() };
+    let level = |engine| engines::check(&DoctorInput { engine, ..missing.clone() })[0].level;
+    assert_eq!(level(Some(EngineName::Qemu)), Level::Warn);
+    assert_eq!([level(Some(EngineName::Gvisor)), level(None)], [Level::Fail; 2]);
 }
 
 #[test]

@@ -28,8 +28,8 @@ pub struct HostConfig {
     pub data_dir: PathBuf,
     /// Mount points; need not outlive a restart of the host.
     pub run_dir: PathBuf,
-    /// The `runsc` program.
-    pub runsc: PathBuf,
+    /// The `runsc` program, where there is one.
+    pub runsc: Option<PathBuf>,
     /// What machines with a kernel of their own are run by, where there are any.
     pub machines: Option<MachinesConfig>,
     /// What runs VMs of which nobody says by what.

@@ -53,18 +53,18 @@ impl Machines {
 }
 
 /// What can be had.
-pub(super) fn kinds(machines: Option<&Machines>) -> Vec<Kind> {
-    let gvisor = Kind {
+pub(super) fn kinds(runsc: Option<&Path>, machines: Option<&Machines>) -> Vec<Kind> {
+    let gvisor = runsc.map(|_| Kind {
         name: EngineName::Gvisor,
         isolation: Isolation::UserspaceKernel,
         capabilities: Capabilities { pause: true, snapshot: true, kernels: false },
-    };
+    });
     let qemu = machines.map(|machines| Kind {
         name: EngineName::Qemu,
         isolation: if machines.files.kvm { Isolation::HardwareVm } else { Isolation::EmulatedVm },
         capabilities: Capabilities { pause: true, snapshot: true, kernels: true },
     });
-    [Some(gvisor), qemu].into_iter().flatten().collect()
+    [gvisor, qemu].into_iter().flatten().collect()
 }
 
 fn version(program: &Path) -> Result<String, EngineError> {

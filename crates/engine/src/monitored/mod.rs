@@ -113,10 +113,14 @@ impl Monitored {
         filter::apply_host(config.uplinks).map_err(|e| EngineError::host("setting the host's packet filter", e))?;
         let (ends, ended) = mpsc::channel(ENDS);
         let machines = config.machines.as_ref().map(|machines| Machines::set_up(machines, &config)).transpose()?;
-        let kinds = machines::kinds(machines.as_ref());
+        let kinds = machines::kinds(config.runsc.as_deref(), machines.as_ref());
         let is_default = |kind: &&Kind| kind.name == config.engine;
         let default_kind = *kinds.iter().find(is_default).ok_or_else(|| {
-            EngineError::Invalid(format!("engine = {}: this host doesn't have what it needs", config.engine.as_str()))
+            let lacks = match config.engine {
+                EngineName::Qemu => "no kernel is named: set qemu.kernel",
+                _ => "there is no runsc: install it, or name it with the setting runsc",
+            };
+            EngineError::Invalid(format!("engine = {}: {lacks}", config.engine.as_str()))
         })?;
         let release = machines.as_ref().map(|machines| machines.release.clone());
         let releases = Arc::new(Releases::new(config.runsc.clone(), release));

@@ -12,7 +12,7 @@ use tiffin_types::vm::EngineName;
 use crate::{EngineError, gvisor, host::process};
 
 pub(super) struct Releases {
-    runsc: PathBuf,
+    runsc: Option<PathBuf>,
     /// `runsc`'s, and the file that told it.
     known: Mutex<Option<(Identity, String)>>,
     /// QEMU's, where it is used.
@@ -23,7 +23,7 @@ pub(super) struct Releases {
 type Identity = (u64, u64, i64, i64);
 
 impl Releases {
-    pub(super) fn new(runsc: PathBuf, qemu: Option<String>) -> Self {
+    pub(super) fn new(runsc: Option<PathBuf>, qemu: Option<String>) -> Self {
         Self { runsc, known: Mutex::default(), qemu }
     }
 
@@ -32,13 +32,15 @@ impl Releases {
         if let (EngineName::Qemu, Some(version)) = (engine, &self.qemu) {
             return Ok(version.clone());
         }
-        let meta = fs::metadata(&self.runsc).map_err(|e| EngineError::host("looking for runsc", e))?;
+        let missing = || EngineError::Invalid(format!("this host has no engine {}", engine.as_str()));
+        let runsc = self.runsc.as_deref().ok_or_else(missing)?;
+        let meta = fs::metadata(runsc).map_err(|e| EngineError::host("looking for runsc", e))?;
         let identity = (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec());
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, version)) = known.as_ref().filter(|(of, _)| *of == identity) {
             return Ok(version.clone());
         }
-        let said = process::run(gvisor::version(&self.runsc), "").unwrap_or_default();
+        let said = process::run(gvisor::version(runsc), "").unwrap_or_default();
         // A runsc that can't say its release fails where it is used, with its own words.
         let version = said.lines().next().unwrap_or_default().trim().to_owned();
         *known = Some((identity, version.clone()));

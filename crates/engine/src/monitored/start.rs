@@ -83,7 +83,7 @@ impl Monitored {
             machine,
             image,
             agent_dir,
-            runsc: self.config.runsc.clone(),
+            runsc: self.config.runsc.clone().unwrap_or_default(),
             uplink,
             uplinks: Some(self.config.uplinks),
             resolvers: self.config.resolvers.clone(),

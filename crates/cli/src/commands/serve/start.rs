@@ -51,7 +51,7 @@ fn host_config(config: &Config) -> anyhow::Result<HostConfig> {
     Ok(HostConfig {
         data_dir: config.data_dir.clone().into(),
         run_dir: config.run_dir.clone().into(),
-        runsc: named(&config.runsc).or_else(|| on_path("runsc")).context("no runsc on PATH")?,
+        runsc: named(&config.runsc).or_else(|| on_path("runsc")).filter(|runsc| runsc.is_file()),
         engine: match config.engine {
             EngineChoice::Named(name) => name,
             EngineChoice::Auto if machines.as_ref().is_some_and(|machines| machines.kvm) => EngineName::Qemu,
