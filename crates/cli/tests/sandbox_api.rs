@@ -20,18 +20,27 @@ use std::{
 
 use flate2::{Compression, read::GzDecoder, write::GzEncoder};
 use futures_util::{SinkExt, StreamExt, stream};
-use harness::eventually;
+use harness::{eventually, on_both_engines};
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use server::Site;
 use tar::EntryType;
-use tiffin_types::id::VmId;
+use tiffin_types::{id::VmId, vm::EngineName};
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream, connect_async,
     tungstenite::{Message, client::IntoClientRequest},
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
+
+on_both_engines!(
+    the_examples_of_the_api_give_the_documented_answers,
+    hostile_archives_are_refused_with_nothing_written,
+    ten_mebibytes_go_in_and_come_out_unchanged_and_more_are_refused,
+    a_server_killed_during_an_upload_leaves_nothing_half_written,
+    a_terminal_is_one,
+    the_command_line_copies_runs_and_opens_terminals,
+);
 
 fn request(site: &Site, method: Method, path: &str) -> RequestBuilder {
     let client = reqwest::Client::new().request(method, format!("{}{path}", site.url()));
@@ -98,9 +107,8 @@ fn noise(bytes: usize) -> Vec<u8> {
     std::iter::repeat_with(next).take(bytes).collect()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_examples_of_the_api_give_the_documented_answers() {
-    let site = Site::start(&[]).await;
+async fn the_examples_of_the_api_give_the_documented_answers(engine: EngineName) {
+    let site = Site::start_with(engine, &[]).await;
     let id = site.ask("POST", "/v1/vms", Some(json!({ "cpu": 1, "memMb": 512, "allowIps": [] }))).await.id();
     let post = async |what: &str, body: Value| {
         let answer = site.ask("POST", &format!("/v1/vms/{id}/{what}"), Some(body)).await;
@@ -172,9 +180,8 @@ async fn the_examples_of_the_api_give_the_documented_answers() {
     assert_eq!(answer.status, 400, "what a link leads to outside isn't read: {answer:?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn hostile_archives_are_refused_with_nothing_written() {
-    let site = Site::start(&["files.unpacked_bytes=33554432", "files.entries=100"]).await;
+async fn hostile_archives_are_refused_with_nothing_written(engine: EngineName) {
+    let site = Site::start_with(engine, &["files.unpacked_bytes=33554432", "files.entries=100"]).await;
     let id = site.create().await;
     let everything = "find /workspace /tmp /home/user | sort; ls -la /etc | sha256sum";
     site.sh(&id, "ln -s /tmp /workspace/out").await;
@@ -210,9 +217,8 @@ async fn hostile_archives_are_refused_with_nothing_written() {
     assert_eq!(site.sh(&id, everything).await, before);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn ten_mebibytes_go_in_and_come_out_unchanged_and_more_are_refused() {
-    let site = Site::start(&[]).await;
+async fn ten_mebibytes_go_in_and_come_out_unchanged_and_more_are_refused(engine: EngineName) {
+    let site = Site::start_with(engine, &[]).await;
     let id = site.create().await;
     let noise = noise(9_900_000);
     let archive = archive(&[(EntryType::Regular, "noise", &noise)]);
@@ -247,9 +253,8 @@ async fn a_large_download_takes_no_memory_of_the_server() {
     assert!(most < before + 64 * 1024, "{before} kB before, {most} kB at most");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_server_killed_during_an_upload_leaves_nothing_half_written() {
-    let mut site = Site::start(&[]).await;
+async fn a_server_killed_during_an_upload_leaves_nothing_half_written(engine: EngineName) {
+    let mut site = Site::start_with(engine, &[]).await;
     let id = site.create().await;
     for (method, path, kind) in [
         (Method::POST, format!("/v1/vms/{id}/files/upload?dest=/workspace/new"), "application/gzip"),
@@ -321,9 +326,8 @@ impl Client {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_terminal_is_one() {
-    let site = Site::start(&[]).await;
+async fn a_terminal_is_one(engine: EngineName) {
+    let site = Site::start_with(engine, &[]).await;
     let id = site.create().await;
     let mut client = Client::open(&site, &id, "?cols=100&rows=30").await;
     // The answer is not in what is echoed of the question.
@@ -372,9 +376,8 @@ fn tiffin(site: &Site, args: &[&str], input: &str) -> std::process::Output {
     child.wait_with_output().unwrap()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_command_line_copies_runs_and_opens_terminals() {
-    let site = Site::start(&[]).await;
+async fn the_command_line_copies_runs_and_opens_terminals(engine: EngineName) {
+    let site = Site::start_with(engine, &[]).await;
     let id = site.ask("POST", "/v1/vms", Some(json!({ "cpu": 1, "memMb": 512, "allowIps": [] }))).await.id();
     let vm = id.to_string();
     let run = |args: &[&str], input: &str| {

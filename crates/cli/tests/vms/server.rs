@@ -19,7 +19,10 @@ use nix::{
 use serde_json::{Value, json};
 use tiffin_engine::host::{cgroup::Cgroups, network::host_link};
 use tiffin_store::{NewImage, Store};
-use tiffin_types::id::{Digest, ImageId, VmId};
+use tiffin_types::{
+    id::{Digest, ImageId, VmId},
+    vm::EngineName,
+};
 
 use crate::harness::{eventually, link_image, monitor_pid, required};
 
@@ -49,6 +52,7 @@ pub(crate) struct Site {
     folder: tempfile::TempDir,
     pub(crate) data: PathBuf,
     run: PathBuf,
+    engine: EngineName,
     /// What the next server is started with.
     pub(crate) settings: Vec<String>,
     server: Option<Child>,
@@ -59,13 +63,22 @@ pub(crate) struct Site {
 impl Site {
     /// Folders with the default image and a running server.
     pub(crate) async fn start(settings: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let data = folder.path().join("data");
-        Self::start_on(folder, data, settings).await
+        Self::start_with(EngineName::Gvisor, settings).await
     }
 
-    /// The same with the data in a folder that the caller chose.
+    /// As [`Site::start`], where that engine runs VMs, and no other can be had.
+    pub(crate) async fn start_with(engine: EngineName, settings: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        Self::open(engine, folder, data, settings).await
+    }
+
+    /// As [`Site::start`], with the data in a folder that the caller chose.
     pub(crate) async fn start_on(folder: tempfile::TempDir, data: PathBuf, settings: &[&str]) -> Self {
+        Self::open(EngineName::Gvisor, folder, data, settings).await
+    }
+
+    async fn open(engine: EngineName, folder: tempfile::TempDir, data: PathBuf, settings: &[&str]) -> Self {
         let digest = link_image(&data);
         let image = insert_image(&data, "default", digest, json!({})).await;
         let store = open_store(&data).await;
@@ -75,6 +88,7 @@ impl Site {
             run: folder.path().join("run"),
             data,
             folder,
+            engine,
             settings: settings.iter().map(|setting| (*setting).to_owned()).collect(),
             server: None,
             url: String::new(),
@@ -97,12 +111,18 @@ impl Site {
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TIFFIN_")) {
             command.env_remove(name);
         }
-        command.args(["serve", "--set", "engine=gvisor", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"]);
+        command.args(["serve", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"]);
         command.arg(&self.data).arg("--write-key").arg(self.folder.path().join("key"));
         command.args(["--set", &format!("run_dir={}", self.run.display())]);
-        for (setting, variable) in [("runsc", "TIFFIN_RUNSC"), ("agent", "TIFFIN_AGENT")] {
-            command.args(["--set", &format!("{setting}={}", required(variable).display())]);
+        let (runsc, kernel) = match self.engine {
+            EngineName::Qemu => (self.folder.path().join("no-runsc"), Some(required("TIFFIN_KERNEL"))),
+            _ => (required("TIFFIN_RUNSC"), None),
+        };
+        let paths = [("runsc", Some(runsc)), ("qemu.kernel", kernel), ("agent", Some(required("TIFFIN_AGENT")))];
+        for (setting, path) in paths.into_iter().filter_map(|(setting, path)| Some((setting, path?))) {
+            command.args(["--set", &format!("{setting}={}", path.display())]);
         }
+        command.args(["--set", &format!("engine={}", self.engine.as_str())]);
         for rate in ["vm_create", "exec", "run", "upload", "download", "import"] {
             command.args(["--set", &format!("rate.{rate}_per_min=0")]);
         }
