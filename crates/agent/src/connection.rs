@@ -130,8 +130,7 @@ impl Service {
 
     fn pong(&self) -> Pong {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let hidden = self.guest.reaper.hidden();
-        let processes = crate::processes::all().iter().filter(|pid| !hidden.contains(pid)).count();
+        let processes = crate::processes::count(&self.guest.reaper.hidden());
         Pong {
             version: crate::VERSION.to_owned(),
             unix_ms: i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX),

@@ -8,8 +8,13 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::init;
+
 /// Rounds of stopping before killing: each catches what was forked during the one before.
 const STOP_ROUNDS: usize = 16;
+
+/// On a bare kernel the parent of its threads.
+const KERNEL_THREADS: i32 = 2;
 
 /// How often to look whether the killed are gone.
 const STEP: Duration = Duration::from_millis(1);
@@ -50,6 +55,12 @@ fn signal(pids: &[i32], signal: Signal) {
 pub fn all() -> Vec<i32> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|pid| *pid > 1).collect()
+}
+
+/// How many there are but the agent and those of `hidden`, the kernel's own threads aside.
+pub fn count(hidden: &[i32]) -> usize {
+    let kernels = |pid: i32| pid == KERNEL_THREADS || Process::read(pid).is_some_and(|one| one.parent == KERNEL_THREADS);
+    all().into_iter().filter(|pid| !hidden.contains(pid) && !(init::is_bare() && kernels(*pid))).count()
 }
 
 /// Processes of the session that `root` leads, and their descendants. Misses what left the session and lost its parent.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
 use crate::init;
@@ -52,14 +53,20 @@ pub fn leave_machine() -> ! {
     std::process::exit(1)
 }
 
-/// Whether there was anybody.
+/// Whether there was anybody. On a bare kernel there always is: its own threads, which take no signal.
 fn signal_all(signal: Signal) -> bool {
     kill(EVERYONE, signal) != Err(Errno::ESRCH)
 }
 
+/// Whether no process is left but the kernel's own: all others are process 1's children, or become them when their parent ends.
+fn is_alone() -> bool {
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
+    waitid(Id::All, look) == Err(Errno::ECHILD)
+}
+
 fn gone_within(limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
-    while kill(EVERYONE, None) != Err(Errno::ESRCH) {
+    while !is_alone() {
         if Instant::now() >= deadline {
             return false;
         }

@@ -11,15 +11,22 @@ mod harness;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use harness::{Host, sh, shell};
+use harness::{Host, on_both_engines, sh, shell};
 use tiffin_engine::{
     Engine, Target,
     agent::{self, AgentError, ExecItem, ExecOutput, Input},
 };
 use tiffin_protocol::{Boot, Exec, FailureCode, Renew, TerminalSize};
-use tiffin_types::id::VmId;
+use tiffin_types::{id::VmId, vm::EngineName};
 
 const LIMIT: Duration = Duration::from_secs(30);
+
+on_both_engines!(
+    a_command_can_have_a_terminal_that_is_typed_at_resized_and_interrupted,
+    an_interactive_shell_behaves_as_behind_a_login,
+    a_guest_becomes_another_and_its_old_token_opens_nothing,
+    a_shell_that_has_waited_does_as_one_that_is_started_for_its_line,
+);
 
 async fn begin(host: &Host, id: &VmId, exec: Exec) -> (Input, ExecOutput) {
     let connection = host.engine.dial(id, Target::Agent).await.unwrap();
@@ -55,9 +62,8 @@ async fn finish(stream: &mut (Input, ExecOutput)) -> (String, i32) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_command_can_have_a_terminal_that_is_typed_at_resized_and_interrupted() {
-    let host = Host::new().await;
+async fn a_command_can_have_a_terminal_that_is_typed_at_resized_and_interrupted(engine: EngineName) {
+    let host = Host::with(engine).await;
     let id = host.running().await;
     let line = "for n in 0 1 2; do test -t $n || echo $n is none; done; stty size; echo $TERM; : > $(tty) && exit 7";
     let said = finish(&mut begin(&host, &id, terminal(line)).await).await;
@@ -98,9 +104,8 @@ async fn a_command_can_have_a_terminal_that_is_typed_at_resized_and_interrupted(
     host.engine.destroy(&id).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_interactive_shell_behaves_as_behind_a_login() {
-    let host = Host::new().await;
+async fn an_interactive_shell_behaves_as_behind_a_login(engine: EngineName) {
+    let host = Host::with(engine).await;
     let id = host.running().await;
     let mut login = begin(&host, &id, terminal("exec bash --norc -i")).await;
     login.0.write(b"PS1=; echo $((40 + 2)); set -o | grep monitor\n").await.unwrap();
@@ -115,9 +120,8 @@ async fn an_interactive_shell_behaves_as_behind_a_login() {
     host.engine.destroy(&id).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_guest_becomes_another_and_its_old_token_opens_nothing() {
-    let host = Host::new().await;
+async fn a_guest_becomes_another_and_its_old_token_opens_nothing(engine: EngineName) {
+    let host = Host::with(engine).await;
     let id = host.running().await;
     let token = host.engine.agent_token(&id).await.unwrap();
     let machine_id = "00112233445566778899aabbccddeeff";
@@ -162,9 +166,8 @@ fn steady(text: &str) -> String {
     steady
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_shell_that_has_waited_does_as_one_that_is_started_for_its_line() {
-    let host = Host::new().await;
+async fn a_shell_that_has_waited_does_as_one_that_is_started_for_its_line(engine: EngineName) {
+    let host = Host::with(engine).await;
     let id = host.running().await;
     // Bash lists this variable of its own once it has been set, as it is when a shell has waited.
     let how = "set | grep -c ^LINENO=";

@@ -14,17 +14,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{Host, eventually, sh};
+use harness::{Host, eventually, on_both_engines, sh};
 use tiffin_engine::{Ended, Engine, EngineError, Observed, Target};
 use tiffin_logs::{Limits, Line, Order, Query, Reader, Stream};
 use tiffin_types::{
     id::{SnapshotId, VmId},
     program::{Program, StopSignal},
-    vm::{EndReason, VmSpec},
+    vm::{EndReason, EngineName, VmSpec},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const GRACE: Duration = Duration::from_secs(10);
+
+on_both_engines!(
+    a_program_has_its_user_and_environment_and_its_vm_ends_with_it,
+    a_program_that_cant_be_started_ends_its_vm_in_words_and_prints_nothing,
+    a_stop_asks_the_program_by_its_signal_and_hears_it_out,
+    nothing_of_much_is_lost_whether_a_server_is_there_or_not,
+    a_vm_that_stands_still_gets_its_program_late_and_answers,
+    a_root_program_can_neither_command_the_agent_nor_do_more_than_end_its_own_vm,
+);
 
 fn program(words: &[&str]) -> Program {
     Program {
@@ -92,9 +101,8 @@ fn messages(lines: &[Line]) -> Vec<&str> {
     lines.iter().map(|line| line.message.as_str()).collect()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_program_has_its_user_and_environment_and_its_vm_ends_with_it() {
-    let host = Host::new().await;
+async fn a_program_has_its_user_and_environment_and_its_vm_ends_with_it(engine: EngineName) {
+    let host = Host::with(engine).await;
     let (code, lines) = host.run(shell("echo out; echo err >&2; printf unended; exit 3")).await;
     assert_eq!(code, Some(3));
     let mut printed: Vec<_> = lines.iter().map(|line| (line.stream, line.message.as_str())).collect();
@@ -118,9 +126,8 @@ async fn a_program_has_its_user_and_environment_and_its_vm_ends_with_it() {
     assert_eq!(code, Some(0));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_program_that_cant_be_started_ends_its_vm_in_words_and_prints_nothing() {
-    let host = Host::new().await;
+async fn a_program_that_cant_be_started_ends_its_vm_in_words_and_prints_nothing(engine: EngineName) {
+    let host = Host::with(engine).await;
     let crlf = "printf '#!/bin/sh\\r\\necho\\r\\n' > /workspace/run; chmod 755 /workspace/run";
     for (asked, prepare, exit_code, words) in [
         (program(&["no-such-program"]), "true", 127, "PATH"),
@@ -140,9 +147,8 @@ async fn a_program_that_cant_be_started_ends_its_vm_in_words_and_prints_nothing(
     assert!(more.is_err(), "an end that a start returned is not told again: {more:?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stop_asks_the_program_by_its_signal_and_hears_it_out() {
-    let host = Host::new().await;
+async fn a_stop_asks_the_program_by_its_signal_and_hears_it_out(engine: EngineName) {
+    let host = Host::with(engine).await;
     let code = "import signal, sys, time\n\
         def quit(*_): print('quitting', flush=True); time.sleep(0.3); print('done', flush=True); sys.exit(5)\n\
         signal.signal(signal.SIGRTMIN + 3, quit); print('up', flush=True)\n\
@@ -165,9 +171,8 @@ async fn a_stop_asks_the_program_by_its_signal_and_hears_it_out() {
 }
 
 /// A million lines, and a server that is gone in between.
-#[tokio::test(flavor = "multi_thread")]
-async fn nothing_of_much_is_lost_whether_a_server_is_there_or_not() {
-    let mut host = Host::new().await;
+async fn nothing_of_much_is_lost_whether_a_server_is_there_or_not(engine: EngineName) {
+    let mut host = Host::with(engine).await;
     host.config.logs = Limits::new(1 << 30, Duration::from_secs(86_400), 16 * 1024);
     host.restart().await;
     let code = "import sys\n\
@@ -222,9 +227,8 @@ async fn a_saved_program_goes_on_in_the_copy_and_both_are_logged() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_vm_that_stands_still_gets_its_program_late_and_answers() {
-    let host = Host::new().await;
+async fn a_vm_that_stands_still_gets_its_program_late_and_answers(engine: EngineName) {
+    let host = Host::with(engine).await;
     let server = "import socket\n\
         s = socket.create_server(('', 8080)); print('listening', flush=True)\n\
         while True:\n  c = s.accept()[0]; c.recv(999); c.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\nhello'); c.close()";
@@ -248,13 +252,17 @@ async fn a_vm_that_stands_still_gets_its_program_late_and_answers() {
     host.engine.stop(&id, GRACE).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_root_program_can_neither_command_the_agent_nor_do_more_than_end_its_own_vm() {
-    let host = Host::new().await;
+async fn a_root_program_can_neither_command_the_agent_nor_do_more_than_end_its_own_vm(engine: EngineName) {
+    let host = Host::with(engine).await;
     let look = "grep CapEff /proc/self/status; cat /proc/1/mem; mount -t tmpfs x /mnt; echo looked";
     let (_, lines) = host.run(shell(look)).await;
     let text = messages(&lines).join("\n");
-    assert!(text.contains("CapEff:\t00000000080405fb"), "{text}");
+    // Of Docker's set what the engine gives.
+    let expected = match engine {
+        EngineName::Gvisor => "CapEff:\t00000000080405fb",
+        _ => "CapEff:\t00000000a80425fb",
+    };
+    assert!(text.contains(expected), "{text}");
     assert!(text.contains("/proc/1/mem: Permission denied") && text.contains("permission denied"), "{text}");
     // The agent's descriptors can be opened by root, and what is written there is no frame.
     let forge = "for n in 3 4 5 6 7 8; do head -c 100000 /dev/zero > /proc/1/fd/$n; done; sleep 60";

@@ -11,7 +11,7 @@ mod harness;
 
 use std::collections::BTreeMap;
 
-use harness::{Host, sh};
+use harness::{Host, on_both_engines, sh};
 use serde_json::{Value, json};
 use tiffin_engine::{
     Engine, Target,
@@ -20,10 +20,22 @@ use tiffin_engine::{
 use tiffin_protocol::{ExecDone, FailureCode, FileAction, Files, Outcome, Runtime, Script, Source, UnpackLimits};
 use tiffin_types::{
     id::VmId,
-    vm::{VmSize, VmSpec},
+    vm::{EngineName, VmSize, VmSpec},
 };
 
 const BOTH: [Runtime; 2] = [Runtime::Deno, Runtime::Node];
+
+on_both_engines!(
+    every_json_value_survives_in_both_runtimes,
+    what_json_can_not_say_is_refused_with_its_place_in_the_value,
+    a_program_ends_with_what_it_said_last_however_it_ends,
+    what_is_thrown_and_not_caught_is_the_error_and_still_printed,
+    programs_find_their_files_arguments_and_variables,
+    deno_may_do_what_it_was_given_and_nothing_else,
+    what_can_not_be_run_is_refused_and_says_why,
+    what_other_processes_do_to_a_result_harms_nobody,
+    ten_mebibytes_go_up_and_down_unchanged,
+);
 
 /// A VM for scripts.
 struct Vm {
@@ -67,8 +79,8 @@ fn path(runtime: Runtime, path: &str) -> Script {
 }
 
 impl Vm {
-    async fn new() -> Self {
-        let host = Host::new().await;
+    async fn new(engine: EngineName) -> Self {
+        let host = Host::with(engine).await;
         let size = VmSize { cpus: 2, mem_mb: 512, disk_mb: 256 };
         let id = host.running_as(VmSpec { size, ..host.spec() }).await;
         Self { host, id }
@@ -134,9 +146,8 @@ impl Vm {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn every_json_value_survives_in_both_runtimes() {
-    let vm = Vm::new().await;
+async fn every_json_value_survives_in_both_runtimes(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     let cases = [
         ("42", json!(42)),
         ("-0.1", json!(-0.1)),
@@ -177,9 +188,8 @@ async fn every_json_value_survives_in_both_runtimes() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_json_can_not_say_is_refused_with_its_place_in_the_value() {
-    let vm = Vm::new().await;
+async fn what_json_can_not_say_is_refused_with_its_place_in_the_value(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     let cases = [
         ("{ a: [0, { 'b c': 10n }] }", "TypeError", "value.a[1][\"b c\"] is a BigInt"),
         ("5n", "TypeError", "value is a BigInt"),
@@ -207,9 +217,8 @@ async fn what_json_can_not_say_is_refused_with_its_place_in_the_value() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_program_ends_with_what_it_said_last_however_it_ends() {
-    let vm = Vm::new().await;
+async fn a_program_ends_with_what_it_said_last_however_it_ends(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     for runtime in BOTH {
         let exit = if runtime == Runtime::Deno { "Deno.exit" } else { "process.exit" };
         let at = format!("{runtime:?}");
@@ -250,9 +259,8 @@ async fn a_program_ends_with_what_it_said_last_however_it_ends() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_thrown_and_not_caught_is_the_error_and_still_printed() {
-    let vm = Vm::new().await;
+async fn what_is_thrown_and_not_caught_is_the_error_and_still_printed(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     let cases = [
         ("throw new RangeError('top')", "RangeError", "top"),
         ("await Promise.reject(new Error('awaited'))", "Error", "awaited"),
@@ -313,9 +321,8 @@ async fn what_is_thrown_and_not_caught_is_the_error_and_still_printed() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn programs_find_their_files_arguments_and_variables() {
-    let vm = Vm::new().await;
+async fn programs_find_their_files_arguments_and_variables(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     vm.write("/workspace/lib/part.ts", "export const part: string = 'typed';").await;
     vm.write("/workspace/lib/part.mjs", "export const part = 'module';").await;
     vm.write("/workspace/lib/part.cjs", "module.exports = { part: 'common' };").await;
@@ -363,9 +370,8 @@ async fn programs_find_their_files_arguments_and_variables() {
     assert_eq!(sh(&*vm.host.engine, &vm.id, "ls -A").await.stdout, "data.json\nlib\nsub\n");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn deno_may_do_what_it_was_given_and_nothing_else() {
-    let vm = Vm::new().await;
+async fn deno_may_do_what_it_was_given_and_nothing_else(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     let attempt =
         "const tried = async (what) => { try { await what(); return 'done' } catch (e) { return e.name } };\n";
     let code = format!(
@@ -400,9 +406,8 @@ async fn deno_may_do_what_it_was_given_and_nothing_else() {
     assert!(ran.stderr.is_empty(), "{ran:?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_can_not_be_run_is_refused_and_says_why() {
-    let vm = Vm::new().await;
+async fn what_can_not_be_run_is_refused_and_says_why(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     let flagged = |flag: &str| Script { flags: vec![flag.to_owned()], ..inline(Runtime::Deno) };
     for flag in ["main.ts", "-", "--", ""] {
         let (code, message) = vm.refusal(flagged(flag)).await;
@@ -424,9 +429,8 @@ async fn what_can_not_be_run_is_refused_and_says_why() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_other_processes_do_to_a_result_harms_nobody() {
-    let vm = Vm::new().await;
+async fn what_other_processes_do_to_a_result_harms_nobody(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     let forge = |what: &str| {
         format!(
             "const fs = require('fs'); result.set('honest');\n\
@@ -445,9 +449,8 @@ async fn what_other_processes_do_to_a_result_harms_nobody() {
     assert_eq!(removed.outcome.result, Some(json!("EACCES")), "{}", removed.stderr);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn ten_mebibytes_go_up_and_down_unchanged() {
-    let vm = Vm::new().await;
+async fn ten_mebibytes_go_up_and_down_unchanged(engine: EngineName) {
+    let vm = Vm::new(engine).await;
     let make = "mkdir data && cd data && for i in $(seq 40); do head -c 262144 /dev/urandom > f$i; done; sha256sum f* > ../sums";
     assert_eq!(sh(&*vm.host.engine, &vm.id, make).await.done.exit_code, 0);
     let packed = vm.files(FileAction::Pack { path: "/workspace/data".to_owned() }, b"").await;
