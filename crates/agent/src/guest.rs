@@ -20,6 +20,9 @@ use crate::init;
 /// The user that commands run as, by convention of the platform's images.
 const USER: u32 = 1000;
 
+/// The kernel's settings.
+const SETTINGS: &str = "/proc/sys";
+
 /// A new file's name until it is renamed into place.
 const TEMPORARY: &str = ".tiffin-agent.new";
 
@@ -37,6 +40,21 @@ pub fn identify(boot: &Boot) {
     report("/etc/hostname", replace(&["etc"], "hostname", &format!("{}\n", boot.hostname), 0o644));
     report("/etc/hosts", replace(&["etc"], "hosts", &hosts(boot), 0o644));
     set_resolvers(&boot.resolvers);
+}
+
+/// Takes from root in the guest what a bare kernel would let it change without any capability: a program that the kernel starts
+/// as its own root, with all of them (`core_pattern`). To be called once the agent has set up what it does there.
+pub fn seal() {
+    if init::is_bare() {
+        report(SETTINGS, read_only(SETTINGS).map_err(io::Error::from));
+    }
+}
+
+fn read_only(folder: &str) -> nix::Result<()> {
+    let none = None::<&str>;
+    mount(Some(folder), folder, none, MsFlags::MS_BIND, none)?;
+    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(none, folder, none, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | safe, none)
 }
 
 /// Gives the guest those resolvers.

@@ -59,7 +59,8 @@ pub fn all() -> Vec<i32> {
 
 /// How many there are but the agent and those of `hidden`, the kernel's own threads aside.
 pub fn count(hidden: &[i32]) -> usize {
-    let kernels = |pid: i32| pid == KERNEL_THREADS || Process::read(pid).is_some_and(|one| one.parent == KERNEL_THREADS);
+    let kernels =
+        |pid: i32| pid == KERNEL_THREADS || Process::read(pid).is_some_and(|one| one.parent == KERNEL_THREADS);
     all().into_iter().filter(|pid| !hidden.contains(pid) && !(init::is_bare() && kernels(*pid))).count()
 }
 

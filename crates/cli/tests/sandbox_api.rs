@@ -39,7 +39,6 @@ on_both_engines!(
     ten_mebibytes_go_in_and_come_out_unchanged_and_more_are_refused,
     a_server_killed_during_an_upload_leaves_nothing_half_written,
     a_terminal_is_one,
-    the_command_line_copies_runs_and_opens_terminals,
 );
 
 fn request(site: &Site, method: Method, path: &str) -> RequestBuilder {
@@ -376,8 +375,9 @@ fn tiffin(site: &Site, args: &[&str], input: &str) -> std::process::Output {
     child.wait_with_output().unwrap()
 }
 
-async fn the_command_line_copies_runs_and_opens_terminals(engine: EngineName) {
-    let site = Site::start_with(engine, &[]).await;
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_copies_runs_and_opens_terminals() {
+    let site = Site::start(&[]).await;
     let id = site.ask("POST", "/v1/vms", Some(json!({ "cpu": 1, "memMb": 512, "allowIps": [] }))).await.id();
     let vm = id.to_string();
     let run = |args: &[&str], input: &str| {

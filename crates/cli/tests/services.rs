@@ -24,12 +24,12 @@ use std::{
     time::Duration,
 };
 
-use harness::eventually;
+use harness::{eventually, on_both_engines};
 use outside::Outside;
 use registry::{Image, Registry};
 use serde_json::{Value, json};
 use server::Site;
-use tiffin_types::id::VmId;
+use tiffin_types::{id::VmId, vm::EngineName};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const PORT: u16 = 8080;
@@ -40,9 +40,9 @@ const PROGRAM: &str = "umask 0; echo start >> out/starts; wc -l < out/starts > o
     until [ -e out/end ]; do sleep 0.05; done; echo over; exit $(cat out/end)";
 
 /// A server with the ingress, and the id of an image with the program.
-async fn site() -> (Site, Registry, String) {
+async fn site(engine: EngineName) -> (Site, Registry, String) {
     let settings = ["ingress.listen=127.0.0.1:0", "images.min_free_disk_mb=64"];
-    let (site, registry) = (Site::start(&settings).await, Registry::open().await.unwrap());
+    let (site, registry) = (Site::start_with(engine, &settings).await, Registry::open().await.unwrap());
     let names = ["sh", "cat", "httpd", "mv", "rm", "sleep", "tail", "touch", "wc"];
     let config =
         json!({ "Entrypoint": ["/bin/sh", "-c", PROGRAM], "Env": ["PATH=/bin"], "User": "www", "WorkingDir": "/srv" });
@@ -83,9 +83,10 @@ async fn serves(web: &Outside<'_>, text: &str) {
     assert!(answer.1.ends_with(&format!("\r\n\r\n{text}\n")), "{answer:?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cached_vm_serves_keeps_its_disk_ends_with_its_program_and_starts_anew() {
-    let (mut site, _registry, image) = site().await;
+on_both_engines!(a_cached_vm_serves_keeps_its_disk_ends_with_its_program_and_starts_anew);
+
+async fn a_cached_vm_serves_keeps_its_disk_ends_with_its_program_and_starts_anew(engine: EngineName) {
+    let (mut site, _registry, image) = site(engine).await;
     let vm = post(&site, "/v1/vm/cache", Some(json!({ "imageId": image, "port": PORT, "diskSize": 1 }))).await;
     assert_eq!((&vm["state"], &vm["volumeGB"]), (&json!("stopped"), &json!(1)), "{vm}");
     let (id, name, hostname) = (vm_id(&vm), vm["id"].as_str().unwrap(), vm["hostname"].as_str().unwrap().to_owned());
@@ -183,7 +184,7 @@ impl Drop for Following {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_line_exposes_ports_trusts_the_ingress_and_follows_what_is_printed() {
-    let (site, _registry, image) = site().await;
+    let (site, _registry, image) = site(EngineName::Gvisor).await;
     let vm = post(&site, "/v1/vm/start", Some(json!({ "imageId": image, "port": PORT }))).await;
     let (id, named) = (vm_id(&vm), Outside::named(&site, vm["hostname"].as_str().unwrap()).await);
     let vm = id.as_str();
