@@ -20,8 +20,12 @@ use crate::init;
 /// The user that commands run as, by convention of the platform's images.
 const USER: u32 = 1000;
 
-/// The kernel's settings.
-const SETTINGS: &str = "/proc/sys";
+/// Any user may listen on any port, and ping.
+const SETTINGS: [(&str, &str); 2] =
+    [("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"), ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")];
+
+/// How many threads there may be, the kernel's own among them.
+const THREADS: &str = "/proc/sys/kernel/threads-max";
 
 /// A new file's name until it is renamed into place.
 const TEMPORARY: &str = ".tiffin-agent.new";
@@ -42,11 +46,24 @@ pub fn identify(boot: &Boot) {
     set_resolvers(&boot.resolvers);
 }
 
-/// Takes from root in the guest what a bare kernel would let it change without any capability: a program that the kernel starts
-/// as its own root, with all of them (`core_pattern`). To be called once the agent has set up what it does there.
-pub fn seal() {
-    if init::is_bare() {
-        report(SETTINGS, read_only(SETTINGS).map_err(io::Error::from));
+/// Gives the guest's users what other engines give them of a bare kernel's settings, and then takes the settings from root in
+/// the guest: it could name a program there that the kernel starts as its own root, with every capability (`core_pattern`).
+pub fn settle(max_pids: u32) {
+    if !init::is_bare() {
+        return;
+    }
+    for (setting, value) in SETTINGS {
+        report(setting, fs::write(setting, value));
+    }
+    report(THREADS, at_least(THREADS, max_pids.saturating_mul(2)));
+    report("/proc/sys", read_only("/proc/sys").map_err(io::Error::from));
+}
+
+/// Raises a setting. A small machine's kernel allows fewer threads than the guest may have, by a guess of what they take.
+fn at_least(setting: &str, value: u32) -> io::Result<()> {
+    match fs::read_to_string(setting)?.trim().parse() {
+        Ok(now) if value <= now => Ok(()),
+        Ok(_) | Err(_) => fs::write(setting, value.to_string()),
     }
 }
 

@@ -88,7 +88,7 @@ fn serve(channel: &Arc<channel::Channel>) -> Result<std::convert::Infallible, bo
     if let Some(link) = &boot.link {
         guest::report("the network", links::set_up(link));
     }
-    guest::seal();
+    guest::settle(boot.max_pids);
     boot::drop_stdin()?;
     limits::apply(boot.cpus);
     let jobs = jobs::Jobs::mount(boot.max_pids).unwrap_or_else(|error| {

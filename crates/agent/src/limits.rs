@@ -9,6 +9,8 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 
+use crate::init;
+
 /// Descriptors that a command may have open, where the engine doesn't allow less.
 const OPEN_FILES: libc::rlim_t = 65_536;
 
@@ -23,6 +25,10 @@ const KEPT: [libc::c_ulong; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 3
 pub fn apply(cpus: u32) {
     set(libc::RLIMIT_CORE, 0, "core size");
     set(libc::RLIMIT_NOFILE, OPEN_FILES, "open files");
+    if init::is_bare() {
+        // A small machine's kernel allows each user fewer than the guest may have.
+        set(libc::RLIMIT_NPROC, libc::RLIM_INFINITY, "processes");
+    }
     if let Err(error) = bound_capabilities() {
         eprintln!("tiffin-agent: root in the guest keeps the agent's capabilities: {error}");
     }

@@ -70,7 +70,7 @@ async fn a_command_can_have_a_terminal_that_is_typed_at_resized_and_interrupted(
     assert_eq!(said, ("24 80\r\nxterm-256color\r\n".to_owned(), 7));
 
     let mut typed = begin(&host, &id, terminal("echo name?; read name; echo hello $name")).await;
-    expect(&mut typed, "name?").await;
+    expect(&mut typed, "name?\r\n").await;
     typed.0.write(b"you\n").await.unwrap();
     assert_eq!(finish(&mut typed).await.0.trim(), "you\r\nhello you");
 

@@ -54,17 +54,6 @@ async fn the_disk_outlives_a_stop_and_memory_does_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_is_the_guests_own_problem() {
-    let host = Host::new().await;
-    let id = host.running().await;
-    let full =
-        sh(&*host.engine, &id, "head -c 1G /dev/zero > big; echo $?; rm big; echo again > small; cat small").await;
-    assert!(full.stderr.contains("No space left on device"), "{full:?}");
-    assert!(full.stdout.ends_with("again\n"), "{full:?}");
-    host.engine.destroy(&id).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn over_its_memory_a_vm_ends_as_oom_and_can_start_again() {
     let host = Host::new().await;
     let id = host.running().await;
@@ -90,38 +79,6 @@ async fn over_its_memory_a_vm_ends_as_oom_and_can_start_again() {
     assert_eq!(harness::leftovers(&host, std::slice::from_ref(&id)), Vec::<String>::new());
     host.engine.start(&id).await.unwrap();
     assert_eq!(sh(&*host.engine, &id, "echo up").await.stdout, "up\n");
-    host.engine.destroy(&id).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_guest_meets_its_limit_of_processes_and_has_room_again_after() {
-    let host = Host::new().await;
-    let size = VmSize { cpus: 1, mem_mb: 1024, disk_mb: 64 };
-    let id = host.running_as(VmSpec { size, ..host.spec() }).await;
-    // Threads count like processes and cost less: a thousand processes would take gVisor a minute to start.
-    let bomb = "for i in $(seq 20); do setsid sleep 1000 & done; python3 -uc 'import threading, time\nthreading.stack_size(65536)\n\
-                while True:\n  try: threading.Thread(target=time.sleep, args=(1000,)).start()\n  \
-                except RuntimeError as e: print(f\"full: {e} {threading.active_count()}\\n\", end=\"\"); time.sleep(1000)'";
-    let dialled = host.engine.dial(&id, tiffin_engine::Target::Agent).await.unwrap();
-    let token = host.engine.agent_token(&id).await.unwrap();
-    let mut stream = tiffin_engine::agent::exec(dialled, &token, shell(bomb)).await.unwrap();
-    match stream.next().await.unwrap() {
-        ExecItem::Stdout(bytes) => {
-            let said = String::from_utf8_lossy(&bytes);
-            let threads: u32 = said.trim().rsplit(' ').next().unwrap().parse().unwrap();
-            assert!(said.contains("full: can't start new thread") && (900..1024).contains(&threads), "{said}");
-        }
-        other => panic!("{other:?}"),
-    }
-    // Hanging up kills the command with all that it started, and there is room again.
-    drop(stream);
-    harness::eventually("the bomb is gone", async || {
-        let dialled = host.engine.dial(&id, tiffin_engine::Target::Agent).await.unwrap();
-        let pong = tiffin_engine::agent::ping(dialled, &token, Duration::from_secs(10)).await;
-        pong.is_ok_and(|pong| pong.processes == 0)
-    })
-    .await;
-    assert_eq!(sh(&*host.engine, &id, "echo alive").await.stdout, "alive\n");
     host.engine.destroy(&id).await.unwrap();
 }
 
@@ -265,25 +222,6 @@ async fn a_recycled_pid_is_never_taken_for_the_monitor() {
     std::fs::write(&run, told.to_string()).unwrap();
     let seen = host.restart().await;
     assert!(matches!(&seen[..], [(_, Observed::Stopped { .. })]), "{seen:?}");
-    host.engine.destroy(&id).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn guest_processes_can_not_command_the_agent() {
-    let host = Host::new().await;
-    let id = host.running().await;
-    let token = host.engine.agent_token(&id).await.unwrap();
-    let knock = "for at in 127.0.0.1 172.16.0.2 ::1; do \
-                 timeout 3 bash -c \"exec 3<>/dev/tcp/$at/1; echo x >&3; wc -c <&3\"; done; \
-                 cat /proc/1/environ /proc/1/cmdline | tr '\\0' ' ' >&2; cat /proc/1/mem; kill -9 1";
-    let output = sh(&*host.engine, &id, knock).await;
-    for line in output.stdout.lines() {
-        assert_eq!(line.trim(), "0", "the agent says nothing: {output:?}");
-    }
-    assert!(output.stderr.contains("Operation not permitted"), "{output:?}");
-    assert!(output.stderr.contains("tiffin-agent") && !output.stderr.contains(&token), "{output:?}");
-    let still = sh(&*host.engine, &id, "echo alive").await;
-    assert_eq!(still.stdout, "alive\n");
     host.engine.destroy(&id).await.unwrap();
 }
 

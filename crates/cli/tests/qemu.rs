@@ -20,6 +20,7 @@ use nix::{
 use tiffin_engine::{Engine, LogKind};
 use tiffin_types::{
     id::VmId,
+    program::{Program, StopSignal},
     vm::{EndReason, EngineName, Isolation, VmSize, VmSpec},
 };
 
@@ -165,4 +166,30 @@ async fn a_kernel_that_is_none_is_named_and_leaves_nothing() {
     assert!(said.contains("kernel"), "{refused}: {said}");
     host.engine.destroy(&spec.id).await.unwrap();
     assert_eq!(harness::leftovers(&host, &[spec.id]), Vec::<String>::new());
+}
+
+/// The machine's memory is fixed: who goes without is for the guest's kernel to say, and the VM goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn out_of_memory_a_guest_loses_what_took_it_and_goes_on() {
+    let host = Host::with(EngineName::Qemu).await;
+    let id = host.running().await;
+    sh(&*host.engine, &id, "echo kept > /dev/shm/kept").await;
+    let hungry = "x = [bytearray(16 << 20) for _ in range(200)]";
+    let killed = sh(&*host.engine, &id, &format!("python3 -c '{hungry}'; echo $?")).await;
+    assert_eq!(killed.stdout, "137\n", "{killed:?}");
+    assert_eq!(sh(&*host.engine, &id, "cat /dev/shm/kept").await.stdout, "kept\n");
+    host.engine.destroy(&id).await.unwrap();
+
+    let program = Program {
+        argv: ["python3", "-c", hungry].map(str::to_owned).to_vec(),
+        env: Default::default(),
+        cwd: String::new(),
+        user: String::new(),
+        stop_signal: StopSignal::TERM,
+    };
+    let id = host.running_as(VmSpec { program: Some(program), ..host.spec() }).await;
+    host.engine.program_start(&id).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(90), host.engine.next_end()).await.unwrap();
+    assert_eq!((ended.id, ended.report.reason, ended.report.exit_code), (id.clone(), EndReason::Exited, Some(137)));
+    host.engine.destroy(&id).await.unwrap();
 }

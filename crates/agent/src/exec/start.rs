@@ -132,7 +132,7 @@ pub fn start_afresh(guest: &Guest, exec: &Exec, login: Login, control: Option<&O
 fn open_streams(exec: &Exec) -> Result<(AgentEnds, ChildEnds), Failure> {
     match exec.terminal {
         Some(size) => streams::terminal(terminal::check(size)?, exec.uid, exec.gid),
-        None => streams::pipes(exec.stdin),
+        None => streams::pipes(exec.stdin, exec.uid, exec.gid),
     }
     .map_err(|errno| no_room(errno.desc()))
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::pipe2;
+use nix::unistd::{Gid, Uid, fchown, pipe2};
 use tiffin_protocol::TerminalSize;
 
 use super::terminal;
@@ -52,11 +52,12 @@ impl ChildEnds {
     }
 }
 
-/// Pipes; for standard input only where it is wanted.
+/// Pipes that belong to the user, who may want to open them again by name (`/dev/stderr`); for standard input only where it is
+/// wanted.
 ///
 /// # Errors
 /// When there is no descriptor left.
-pub fn pipes(with_stdin: bool) -> Result<(AgentEnds, ChildEnds), Errno> {
+pub fn pipes(with_stdin: bool, uid: u32, gid: u32) -> Result<(AgentEnds, ChildEnds), Errno> {
     let (stdout, child_stdout) = pipe2(OFlag::O_CLOEXEC)?;
     let (stderr, child_stderr) = pipe2(OFlag::O_CLOEXEC)?;
     let (child_stdin, stdin) = if with_stdin {
@@ -66,6 +67,10 @@ pub fn pipes(with_stdin: bool) -> Result<(AgentEnds, ChildEnds), Errno> {
     } else {
         (None, None)
     };
+    for pipe in [Some(&child_stdout), Some(&child_stderr), child_stdin.as_ref()].into_iter().flatten() {
+        // A kernel that refuses takes away the convenience alone.
+        let _ = fchown(pipe, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+    }
     let child = ChildEnds::Pipes { stdin: child_stdin, stdout: child_stdout, stderr: child_stderr };
     Ok((AgentEnds { stdin, stdout, stderr: Some(stderr), terminal: None }, child))
 }

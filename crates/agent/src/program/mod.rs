@@ -19,21 +19,20 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Gid, Pid, Uid, fchown};
+use nix::unistd::Pid;
 use tiffin_protocol::{Command, Failure, FailureCode, Program as Asked, ProgramStarted};
 
 use crate::channel::Channel;
 use crate::exec::environment::PATH;
 use crate::exec::program::{Program as Words, c_string};
 use crate::exec::spawn::{self, Plan, SpawnError};
-use crate::exec::streams::{self, AgentEnds, ChildEnds};
+use crate::exec::streams::{self, AgentEnds};
 use crate::exec::{Guest, no_room};
 use crate::reaper::Child;
 use crate::request::failure;
@@ -167,7 +166,7 @@ fn launch(guest: &Guest, asked: &Asked) -> Result<(Child, AgentEnds), Failure> {
     let environment = environment(asked, &user)?;
     let words = Words::of(&Command::Argv(asked.argv.clone()), "", None)?;
     let path = asked.env.get("PATH").map_or(PATH, String::as_str);
-    let (ends, child_ends) = pipes_of(&user)?;
+    let (ends, child_ends) = streams::pipes(false, user.uid, user.gid).map_err(|errno| no_room(errno.desc()))?;
     let child = guest.reaper.expect().map_err(|error| no_room(&error.to_string()))?;
     let job = guest.jobs.take().map_err(|error| no_room(&error.to_string()))?;
     let plan = Plan {
@@ -228,18 +227,6 @@ fn environment(asked: &Asked, user: &User) -> Result<Vec<CString>, Failure> {
         all.insert(name, value);
     }
     all.into_iter().map(|(name, value)| c_string(&format!("{name}={value}"), "env")).collect()
-}
-
-/// Two pipes that belong to the program's user, who may want to open them again by name (`/dev/stdout`).
-fn pipes_of(user: &User) -> Result<(AgentEnds, ChildEnds), Failure> {
-    let (ends, child_ends) = streams::pipes(false).map_err(|errno| no_room(errno.desc()))?;
-    if let ChildEnds::Pipes { stdout, stderr, .. } = &child_ends {
-        for pipe in [stdout.as_fd(), stderr.as_fd()] {
-            // A kernel that refuses takes away the convenience alone.
-            let _ = fchown(pipe, Some(Uid::from_raw(user.uid)), Some(Gid::from_raw(user.gid)));
-        }
-    }
-    Ok((ends, child_ends))
 }
 
 #[cfg(test)]
