@@ -7,7 +7,11 @@
 //! |---|---|---|
 //! | Linux, v2 | `pids.max` of `commands` | below `commands` |
 //! | Linux, v1 | `pids.max` of `commands` | below `commands` |
-//! | gVisor | the same, but not counting groups below | in its `job` hierarchy |
+//! | gVisor | the same, but not counting groups below, and not exact | in its `job` hierarchy |
+//!
+//! gVisor asks but one of the groups that a task is in, whichever its map gives first, whether it may start another. A task is in one of
+//! each of seven hierarchies, so what is above the bound is refused one time in seven. Who goes on past refusals meets the
+//! bound that the host's kernel has for the sandbox, which ends the VM.
 //!
 //! Only root can reach them: they are mounted below a folder of mode 0700. Making a group costs, so empty ones are kept
 //! and used again. A command may join when the bound is reached (or nobody could end what fills the guest), it just
