@@ -59,9 +59,11 @@ pub fn all() -> Vec<i32> {
 
 /// How many there are but the agent and those of `hidden`, the kernel's own threads aside.
 pub fn count(hidden: &[i32]) -> usize {
-    let kernels =
-        |pid: i32| pid == KERNEL_THREADS || Process::read(pid).is_some_and(|one| one.parent == KERNEL_THREADS);
-    all().into_iter().filter(|pid| !hidden.contains(pid) && !(init::is_bare() && kernels(*pid))).count()
+    let is_kernels = |pid: i32| {
+        let has_its_parent = || Process::read(pid).is_some_and(|one| one.parent == KERNEL_THREADS);
+        init::is_bare() && (pid == KERNEL_THREADS || has_its_parent())
+    };
+    all().into_iter().filter(|pid| !hidden.contains(pid) && !is_kernels(*pid)).count()
 }
 
 /// Processes of the session that `root` leads, and their descendants. Misses what left the session and lost its parent.
