@@ -24,7 +24,7 @@ use tiffin_types::{
 use super::{
     HostConfig,
     releases::Releases,
-    snapshots::{Manner, Snapshots},
+    snapshots::{Manner, Of, Snapshots},
 };
 use crate::{
     EngineError,
@@ -37,8 +37,8 @@ const TEMPLATES: &str = "templates/machines";
 
 pub(super) struct Templates {
     store: Snapshots,
-    /// What boots: the kernel and the first files.
-    kernel: String,
+    /// What boots: the kernel, where an image brings none, and the first files.
+    boots: String,
     release: String,
     /// How many are kept.
     kept: usize,
@@ -47,10 +47,10 @@ pub(super) struct Templates {
 }
 
 impl Templates {
-    pub(super) fn open(config: &HostConfig, releases: Arc<Releases>, kernel: &str, release: &str) -> io::Result<Self> {
+    pub(super) fn open(config: &HostConfig, releases: Arc<Releases>, boots: &str, release: &str) -> io::Result<Self> {
         Ok(Self {
             store: Snapshots::open(config.data_dir.join(TEMPLATES), config, releases)?.trusting(),
-            kernel: kernel.to_owned(),
+            boots: boots.to_owned(),
             release: release.to_owned(),
             kept: config.machines.as_ref().map_or(0, |machines| machines.templates),
             begun: Mutex::default(),
@@ -58,16 +58,17 @@ impl Templates {
     }
 
     /// A template's name: what it is of. Only what is named alike can go on from it.
-    fn name(&self, image: &Digest, size: VmSize) -> SnapshotId {
-        let VmSize { cpus, mem_mb, disk_mb } = size;
-        let (kernel, release, v6) = (&self.kernel, &self.release, network::has_ipv6());
-        let of = format!("{image} {cpus} {mem_mb} {disk_mb} {kernel} {v6} {release}");
+    fn name(&self, of: &Of) -> SnapshotId {
+        let Of { image, kernel, size: VmSize { cpus, mem_mb, disk_mb } } = of;
+        let own = kernel.as_ref().map_or("", Digest::as_str);
+        let (boots, release, v6) = (&self.boots, &self.release, network::has_ipv6());
+        let of = format!("{image} {own} {cpus} {mem_mb} {disk_mb} {boots} {v6} {release}");
         SnapshotId::from_bits(Sha256::digest(of).first_chunk().copied().unwrap_or_default())
     }
 
     /// Makes a VM's folder that begins with a template, if there is one that is of use; whether there was.
     pub(super) fn create(&self, spec: &VmSpec, vm: &Path) -> Result<bool, EngineError> {
-        let id = self.name(&spec.image, spec.size);
+        let id = self.name(&Of::vm(spec));
         if self.kept == 0 || !self.store.is_whole(&id) {
             return Ok(false);
         }
@@ -88,7 +89,7 @@ impl Templates {
 
     /// Where a VM that boots is to leave a template, unless there is one, or another VM is about to.
     pub(super) fn begin(&self, spec: &VmSpec) -> Option<Template> {
-        let id = self.name(&spec.image, spec.size);
+        let id = self.name(&Of::vm(spec));
         if self.kept == 0 || self.store.is_whole(&id) || !self.begun().insert(id.clone()) {
             return None;
         }
@@ -105,7 +106,7 @@ impl Templates {
     /// Seals what a VM that came up has left, and removes what one left that didn't.
     pub(super) fn finish(&self, launch: &Launch, came_up: bool) {
         let spec = &launch.spec;
-        let (id, token) = (self.name(&spec.image, spec.size), launch.template.as_ref().map(|one| one.token.as_str()));
+        let (id, token) = (self.name(&Of::vm(spec)), launch.template.as_ref().map(|one| one.token.as_str()));
         let sealed = match token {
             Some(token) if came_up => self.store.seal(&id, launch, token).map(drop),
             _ => Err(io::Error::other("the VM did not come up")),
@@ -120,25 +121,25 @@ impl Templates {
 
     /// Removes the template that such a VM would begin with.
     pub(super) fn reject(&self, spec: &VmSpec) {
-        self.remove(&self.name(&spec.image, spec.size));
+        self.remove(&self.name(&Of::vm(spec)));
     }
 
-    /// Removes those of an image.
-    pub(super) fn forget(&self, image: &Digest) {
-        self.remove_where(|manifest_image, _, _| manifest_image == image);
+    /// Removes those of an image, or of a kernel that one came with.
+    pub(super) fn forget(&self, blob: &Digest) {
+        self.remove_where(|_, of| of.image == *blob || of.kernel.as_ref() == Some(blob));
     }
 
     /// Removes what was left half-made, and what nothing is named after any more.
     pub(super) fn sweep(&self) -> io::Result<()> {
         self.store.remove_ruins()?;
-        self.remove_where(|image, size, id| self.name(image, size) != *id);
+        self.remove_where(|id, of| self.name(of) != *id);
         self.drop_oldest();
         Ok(())
     }
 
-    fn remove_where(&self, which: impl Fn(&Digest, VmSize, &SnapshotId) -> bool) {
+    fn remove_where(&self, which: impl Fn(&SnapshotId, &Of) -> bool) {
         for id in self.store.list().unwrap_or_default() {
-            if self.store.of(&id).is_none_or(|(image, size)| which(&image, size, &id)) {
+            if self.store.of(&id).is_none_or(|of| which(&id, &of)) {
                 self.remove(&id);
             }
         }

@@ -52,6 +52,20 @@ pub(super) enum Manner {
     Template,
 }
 
+/// What a VM that was saved is made of.
+pub(super) struct Of {
+    pub(super) image: Digest,
+    /// The kernel that the image came with.
+    pub(super) kernel: Option<Digest>,
+    pub(super) size: VmSize,
+}
+
+impl Of {
+    pub(super) fn vm(spec: &VmSpec) -> Self {
+        Self { image: spec.image.clone(), kernel: spec.kernel.clone(), size: spec.size }
+    }
+}
+
 impl Snapshots {
     /// Opens the folder, and makes the host's key if there is none.
     pub(super) fn open(dir: PathBuf, config: &HostConfig, releases: Arc<Releases>) -> io::Result<Self> {
@@ -227,10 +241,10 @@ impl Snapshots {
         fs::metadata(self.folder(id).join(MANIFEST))?.modified()
     }
 
-    /// The image and size of what was saved; `None` where that can't be told.
-    pub(super) fn of(&self, id: &SnapshotId) -> Option<(Digest, VmSize)> {
+    /// What was saved; `None` where that can't be told.
+    pub(super) fn of(&self, id: &SnapshotId) -> Option<Of> {
         let manifest = manifest::read(&self.folder(id), &self.key, id).ok()?.ok()?;
-        Some((manifest.image, manifest.size))
+        Some(Of { image: manifest.image, kernel: manifest.kernel, size: manifest.size })
     }
 
     /// The manifest of a snapshot that this host can take up.
