@@ -235,3 +235,20 @@ async fn what_is_no_kernel_is_refused_with_the_remedy_and_not_kept() -> Result<(
     assert_eq!(server.blobs("kernels")?.len(), 0);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_damaged_kernel_boots_no_more_vms_until_it_is_uploaded_again() -> Result<()> {
+    let server = Server::start_with(&[SOON.as_slice(), &[("images.scrub_every_s", "1")]].concat()).await?;
+    let image = server.image_with(1).await?;
+    let vm = server.vm_of(&image).await?;
+    let blob = server.blobs("kernels")?.pop().context("a blob")?;
+    std::os::unix::fs::FileExt::write_at(&std::fs::File::options().write(true).open(&blob)?, &[2], 20_000)?;
+    until("it is noticed", async || Ok(server.image_now(&image).await?["isDamaged"] == true)).await?;
+    server.post("/v1/vms", &of(&image, None)).await?.refused(422, "image_damaged");
+    server.act(&format!("{vm}/stop")).await?.ok(204);
+    server.act(&format!("{vm}/start")).await?.ok(204);
+    server.put(&format!("{image}/kernel"), kernel(1)).await?.ok(204);
+    assert_eq!(server.image_now(&image).await?["isDamaged"], false);
+    server.post("/v1/vms", &of(&image, None)).await?.ok(201);
+    Ok(())
+}
