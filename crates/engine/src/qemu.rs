@@ -48,9 +48,9 @@ pub const KERNEL: &str = "/kernel";
 pub const INITRAMFS: &str = "/initramfs";
 
 /// Room for QEMU itself beside the guest's memory, in MiB: its heap, its stacks and the code that it translates.
-pub const OVERHEAD_MB: u64 = 192;
-/// How much translated code is kept, in MiB.
-const TRANSLATED_MB: u32 = 64;
+pub const OVERHEAD_MB: u64 = 256;
+/// How much translated code is kept, in MiB. A boot makes 30; when it is full, all is thrown away and made anew.
+const TRANSLATED_MB: u32 = 128;
 
 /// The emulated processor: all that QEMU can do, but
 /// * of Intel's, whose counters Linux takes for steady: of QEMU's own AMD it believes that they differ, measures each
