@@ -49,11 +49,23 @@ impl Api {
         self.create_of(json!({"cpu": cpus, "memMb": mem_mb, "allowIps": [], "outboundInternet": false})).await
     }
 
-    /// The same by an engine that is named; and what stands between the VM and the host.
-    pub(super) async fn create_on(&self, engine: &str, cpus: usize, mem_mb: u32) -> Result<(VmId, String), Failure> {
-        let id = self.create_of(json!({"cpu": cpus, "memMb": mem_mb, "allowIps": [], "engine": engine})).await?;
-        let isolation = field(&self.client.get(&format!("/v1/vms/{id}")).await?, "isolation");
-        Ok((id, isolation))
+    /// The same by an engine that is named.
+    pub(super) async fn create_on(&self, engine: &str, cpus: usize, mem_mb: u32) -> Result<VmId, Failure> {
+        self.create_of(json!({"cpu": cpus, "memMb": mem_mb, "allowIps": [], "engine": engine})).await
+    }
+
+    /// A field of a VM.
+    pub(super) async fn about(&self, id: &VmId, name: &str) -> Result<String, Failure> {
+        Ok(field(&self.client.get(&format!("/v1/vms/{id}")).await?, name))
+    }
+
+    /// Stops a VM, and starts it again: how long the start takes.
+    pub(super) async fn restart(&self, id: &VmId) -> anyhow::Result<Duration> {
+        let stop: Option<&Value> = None;
+        self.client.post(&format!("/v1/vms/{id}/stop"), stop).await?;
+        let start = Instant::now();
+        self.client.post(&format!("/v1/vms/{id}/start"), stop).await?;
+        Ok(start.elapsed())
     }
 
     /// Creates a VM that goes on where a snapshot was taken.

@@ -41,6 +41,11 @@ impl Process {
     pub(super) fn is_runsc(&self) -> bool {
         self.args.first().is_some_and(|path| path.rsplit('/').next().unwrap_or(path).starts_with("runsc"))
     }
+
+    /// Whether it is QEMU.
+    pub(super) fn is_qemu(&self) -> bool {
+        self.args.first().is_some_and(|path| path.rsplit('/').next().unwrap_or(path).starts_with("qemu-system"))
+    }
 }
 
 /// Every process that can be seen now.

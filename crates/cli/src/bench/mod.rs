@@ -21,6 +21,7 @@ mod report;
 mod script;
 mod snapshot;
 mod stats;
+mod template;
 mod tti;
 
 use std::{
@@ -95,6 +96,8 @@ enum Which {
     Exec,
     /// VMs of QEMU's, where the server has them: their boot against QEMU itself, and a command beside gVisor's
     Qemu,
+    /// New ones of them, which begin with a template, against QEMU itself going on from it; and the memory of ten
+    Template,
     /// Saving a VM and going on from it
     Snapshot,
     /// A TypeScript program in a running VM
@@ -113,10 +116,11 @@ enum Which {
 
 impl Which {
     /// What is measured when nothing is chosen: all that wants a server without a pool.
-    const USUAL: [Which; 8] = [
+    const USUAL: [Which; 9] = [
         Which::Tti,
         Which::Exec,
         Which::Qemu,
+        Which::Template,
         Which::Snapshot,
         Which::Script,
         Which::Files,
@@ -130,6 +134,7 @@ impl Which {
             Which::Pool => "pool",
             Which::Exec => "exec",
             Which::Qemu => "qemu",
+            Which::Template => "template",
             Which::Snapshot => "snapshot",
             Which::Script => "script",
             Which::Files => "files",
@@ -210,6 +215,7 @@ async fn measure(bench: &Bench, which: Which) -> Result<Scenario, Failure> {
             Which::Pool => pool::run(bench).await,
             Which::Exec => exec::run(bench).await,
             Which::Qemu => machine::run(bench).await,
+            Which::Template => template::run(bench).await,
             Which::Snapshot => snapshot::run(bench).await,
             Which::Script => script::run(bench).await,
             Which::Files => files::run(bench).await,

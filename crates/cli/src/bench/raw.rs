@@ -25,7 +25,7 @@ use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, process::Command, time::timeout};
 
 use super::BenchArgs;
-pub(super) use machine::RawMachine;
+pub(super) use machine::{RawMachine, restore::Template};
 pub(super) use tar::Tar;
 
 /// Bound on every call of `runsc`.

@@ -1,7 +1,10 @@
 //! QEMU itself, without the platform: the same program, kernel, processor, memory and devices as a VM of the platform's, with
-//! an init that says a word on the console and ends the machine.
+//! an init that says a word on the console and ends the machine; or going on from what the platform saved.
 //!
-//! Its network device leads nowhere, and nobody talks to its control socket; all else is the platform's own command line.
+//! It is in no jail, has no tap and a memory of its own, and nobody talks to its control socket; all else is the platform's own
+//! command line.
+
+pub(in crate::bench) mod restore;
 
 use std::{
     cell::OnceCell,
@@ -14,7 +17,10 @@ use std::{
 
 use anyhow::{Context, ensure};
 use tempfile::TempDir;
-use tiffin_engine::qemu::{self, INITRAMFS, KERNEL, clock::Look, initramfs};
+use tiffin_engine::{
+    host::network::GUEST_MAC,
+    qemu::{self, INITRAMFS, KERNEL, clock::Look, initramfs},
+};
 use tiffin_types::vm::VmSize;
 use tokio::{io::AsyncReadExt, process::Command, time::timeout};
 
@@ -23,9 +29,9 @@ use crate::bench::BenchArgs;
 
 const WORD: &[u8] = b"up\n";
 
-/// Gives QEMU the descriptors that its command line names: image and disk of the arguments, the console on the pipe that is its
-/// standard error. `$0` is the image, `$1` the disk.
-const WITH_DESCRIPTORS: &str = "image=$0 disk=$1; shift; exec \"$@\" 5<\"$image\" 6<>\"$disk\" 7>&2 2>/dev/null";
+/// Gives QEMU the descriptors that its command line names: image, disk and saved state of the arguments, the console on the pipe
+/// that is its standard error. `$0` is the image, `$1` the disk, `$2` the state.
+const WITH_DESCRIPTORS: &str = "image=$0 disk=$1 state=$2; shift 2; exec \"$@\" 5<\"$image\" 6<>\"$disk\" 7>&2 8>/dev/null 9<\"$state\" 2>/dev/null";
 
 /// A file system's worth of zeros.
 const DISK_BYTES: u64 = 1 << 30;
@@ -54,11 +60,11 @@ impl RawMachine {
         Ok(Self { qemu: args.qemu.clone(), kernel, image, folder, tsc_khz: OnceCell::new() })
     }
 
-    /// Boots a machine, with `more` arguments: the time until its init's word. It is gone when this returns.
-    pub(in crate::bench) async fn boot(&self, size: VmSize, kvm: bool, more: &[OsString]) -> anyhow::Result<Duration> {
-        let mut command = Command::new("sh");
-        command.args(["-c", WITH_DESCRIPTORS]).arg(&self.image).arg(self.folder.path().join("disk")).arg(&self.qemu);
-        command.args(self.arguments(size, kvm)).args(more);
+    /// Boots a machine: the time until its init's word. It is gone when this returns.
+    pub(in crate::bench) async fn boot(&self, size: VmSize, kvm: bool) -> anyhow::Result<Duration> {
+        let mut command = self.command("disk".as_ref(), "/dev/null".as_ref());
+        let memory = format!("memory-backend-memfd,id=memory,size={}M", size.mem_mb);
+        command.args(self.arguments(size, kvm, false, "hubport,id=net,hubid=0", &memory));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         let start = Instant::now();
         let mut child = command.spawn()?;
@@ -77,25 +83,34 @@ impl RawMachine {
         Ok(time)
     }
 
-    fn arguments(&self, size: VmSize, kvm: bool) -> Vec<OsString> {
+    /// QEMU with a disk, in the folder, and a saved state.
+    fn command(&self, disk: &Path, state: &Path) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", WITH_DESCRIPTORS]).arg(&self.image).arg(self.folder.path().join(disk)).arg(state);
+        command.arg(&self.qemu);
+        command
+    }
+
+    fn arguments(&self, size: VmSize, kvm: bool, saved: bool, network: &str, memory: &str) -> Vec<OsString> {
         let tsc_khz = *self.tsc_khz.get_or_init(|| Look::now().and_then(Look::khz));
-        let machine = qemu::Machine { size, kvm, mac: "02:00:00:00:00:01", tsc_khz, saved: false };
-        alone(qemu::arguments(&machine), &self.kernel, &self.folder.path().join("initramfs"))
+        let machine = qemu::Machine { size, kvm, mac: GUEST_MAC, tsc_khz, saved };
+        let first_files = self.folder.path().join("initramfs");
+        alone(qemu::arguments(&machine), [(KERNEL, &self.kernel), (INITRAMFS, &first_files)], network, memory)
     }
 }
 
-/// The platform's arguments, but with other first files, without its control socket and its tap.
-fn alone(arguments: Vec<OsString>, kernel: &Path, first_files: &Path) -> Vec<OsString> {
+/// The platform's arguments, but with other files, another network and memory, and without its control socket.
+fn alone(arguments: Vec<OsString>, files: [(&str, &PathBuf); 2], network: &str, memory: &str) -> Vec<OsString> {
     let mut arguments = arguments.into_iter();
     let mut kept = Vec::new();
     while let Some(argument) = arguments.next() {
         let text = argument.to_string_lossy();
-        if text == KERNEL {
-            kept.push(kernel.into());
-        } else if text == INITRAMFS {
-            kept.push(first_files.into());
+        if let Some((_, own)) = files.iter().find(|(name, _)| *name == text) {
+            kept.push(own.into());
         } else if text.starts_with("tap,") {
-            kept.push("hubport,id=net,hubid=0".into());
+            kept.push(network.into());
+        } else if text.starts_with("memory-backend-file,") {
+            kept.push(memory.into());
         } else if text == "-mon" {
             arguments.next();
         } else if text.starts_with("socket,id=qmp") {
@@ -148,13 +163,15 @@ mod tests {
     #[test]
     fn the_arguments_are_the_platforms_but_for_what_leads_out() {
         let size = VmSize { cpus: 2, mem_mb: 256, disk_mb: 1024 };
-        let machine = qemu::Machine { size, kvm: false, mac: "02:00:00:00:00:01", tsc_khz: None, saved: false };
+        let machine = qemu::Machine { size, kvm: false, mac: GUEST_MAC, tsc_khz: None, saved: false };
         let all = qemu::arguments(&machine);
         let count = all.len();
-        let kept = alone(all, Path::new("/a"), Path::new("/b"));
+        let (kernel, first_files) = ("/a".into(), "/b".into());
+        let kept = alone(all, [(KERNEL, &kernel), (INITRAMFS, &first_files)], "hubport,id=net", "memory");
         assert_eq!(kept.len(), count - 4);
         let texts: Vec<_> = kept.iter().map(|argument| argument.to_string_lossy()).collect();
-        for (option, value) in [("-kernel", "/a"), ("-initrd", "/b"), ("-netdev", "hubport,id=net,hubid=0")] {
+        let pairs = [("-kernel", "/a"), ("-initrd", "/b"), ("-netdev", "hubport,id=net"), ("-object", "memory")];
+        for (option, value) in pairs {
             assert!(texts.windows(2).any(|pair| pair == [option, value]), "{texts:?}");
         }
         assert!(!texts.iter().any(|text| text.contains("qmp")), "{texts:?}");
