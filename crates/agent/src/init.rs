@@ -162,7 +162,7 @@ fn load_modules(list: &str) -> Result<bool, String> {
     Ok(true)
 }
 
-/// Loads a module without its signature, whose check takes an emulated processor as long as the rest: it comes from the
+/// Loads a module without its signature, whose check takes a fifth of the time in an emulated machine: the module comes from the
 /// host, as the kernel does. A kernel that wants it gets it.
 fn load_module(path: &Path) -> io::Result<()> {
     let module = fs::read(path)?;

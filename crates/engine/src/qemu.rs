@@ -49,7 +49,7 @@ pub const INITRAMFS: &str = "/initramfs";
 
 /// Room for QEMU itself beside the guest's memory, in MiB: its heap, its stacks and the code that it translates.
 pub const OVERHEAD_MB: u64 = 256;
-/// How much translated code is kept, in MiB. A boot makes 30; when it is full, all is thrown away and made anew.
+/// How much translated code is kept, in MiB: a boot and some commands make 70. When it is full, all is thrown away and made anew.
 const TRANSLATED_MB: u32 = 128;
 
 /// The emulated processor: all that QEMU can do, but
