@@ -1,8 +1,7 @@
 //! QEMU itself, without the platform: the same program, kernel, processor, memory and devices as a VM of the platform's, with
 //! an init that says a word on the console and ends the machine; or going on from what the platform saved.
 //!
-//! It is in no jail, has no tap and a memory of its own, and nobody talks to its control socket; all else is the platform's own
-//! command line.
+//! It is in no jail, and nobody talks to its control socket; all else is the platform's own command line.
 
 pub(in crate::bench) mod restore;
 
@@ -62,7 +61,7 @@ impl RawMachine {
 
     /// Boots a machine: the time until its init's word. It is gone when this returns.
     pub(in crate::bench) async fn boot(&self, size: VmSize, kvm: bool) -> anyhow::Result<Duration> {
-        let mut command = self.command("disk".as_ref(), "/dev/null".as_ref());
+        let mut command = self.command(WITH_DESCRIPTORS, "disk".as_ref(), "/dev/null".as_ref());
         let memory = format!("memory-backend-memfd,id=memory,size={}M", size.mem_mb);
         command.args(self.arguments(size, kvm, false, "hubport,id=net,hubid=0", &memory));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
@@ -83,10 +82,10 @@ impl RawMachine {
         Ok(time)
     }
 
-    /// QEMU with a disk, in the folder, and a saved state.
-    fn command(&self, disk: &Path, state: &Path) -> Command {
+    /// QEMU with a disk, in the folder, and a saved state, both put into its descriptors by a script.
+    fn command(&self, script: &str, disk: &Path, state: &Path) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", WITH_DESCRIPTORS]).arg(&self.image).arg(self.folder.path().join(disk)).arg(state);
+        command.args(["-c", script]).arg(&self.image).arg(self.folder.path().join(disk)).arg(state);
         command.arg(&self.qemu);
         command
     }

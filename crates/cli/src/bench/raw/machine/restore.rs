@@ -2,21 +2,22 @@
 
 use std::{
     fs,
-    net::TcpListener,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    process::Stdio,
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
+use nix::sched::{CloneFlags, unshare};
 use serde::Deserialize;
 use tiffin_engine::{
     agent::{self, ExecItem},
-    host::network::{GATEWAY_V4, GUEST_V4},
+    host::network::{self, GUEST_V4},
+    qemu::TAP,
 };
 use tiffin_protocol::{AGENT_PORT, Exec};
 use tiffin_types::vm::VmSize;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{net::TcpStream, process::Command, time::timeout};
 
 use super::{CALL_LIMIT, RawMachine};
 
@@ -59,48 +60,63 @@ impl Template {
     }
 }
 
+/// As [`WITH_DESCRIPTORS`](super::WITH_DESCRIPTORS), with the tap as standard input; QEMU's own is a socket on which nobody says
+/// anything, as the guest takes an end of it for the end of its cable.
+const WITH_TAP: &str = "image=$0 disk=$1 state=$2; shift 2; \
+                        exec \"$@\" 3<&0 5<\"$image\" 6<>\"$disk\" 7>/dev/null 8>/dev/null 9<\"$state\" 0<&2 2>/dev/null";
+
 impl RawMachine {
     /// Goes on from a template and runs a command there: the time until its end. The machine is gone when this returns.
     pub(in crate::bench) async fn restore(&self, from: &Template, kvm: bool, exec: Exec) -> anyhow::Result<Duration> {
         let disk = self.folder.path().join("restored");
         fs::copy(from.folder.join("disk.ext4"), &disk)?;
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let network = format!(
-            "user,id=net,net={GUEST_V4}/24,host={GATEWAY_V4},restrict=on,hostfwd=tcp:127.0.0.1:{port}-{GUEST_V4}:{AGENT_PORT}"
-        );
         let ram = from.folder.join("memory/ram");
         let memory =
             format!("memory-backend-file,id=memory,size={}M,mem-path={},share=off", from.size.mem_mb, ram.display());
-        let mut command = self.command(&disk, &from.folder.join("memory/state"));
-        command.args(self.arguments(from.size, kvm, true, &network, &memory));
-        // The guest takes the end of its standard input for the end of its cable.
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+        let mut command = self.command(WITH_TAP, &disk, &from.folder.join("memory/state"));
+        command.args(self.arguments(from.size, kvm, true, &format!("tap,id=net,fd={TAP}"), &memory));
+        let token = from.token.clone();
+        // On a thread of its own, as the network is the thread's.
+        let thread = move || std::thread::spawn(move || apart(command, &token, exec)).join();
+        tokio::task::spawn_blocking(thread).await?.map_err(|_| anyhow!("the thread for QEMU panicked"))?
+    }
+}
+
+/// Runs QEMU in a network namespace that is made for it and goes with it.
+fn apart(mut command: Command, token: &str, exec: Exec) -> anyhow::Result<Duration> {
+    unshare(CloneFlags::CLONE_NEWNET).context("a network namespace")?;
+    let tap = network::make_tap()?;
+    network::configure_gateway(false)?;
+    let (_silent, theirs) = UnixStream::pair()?;
+    command.stdin(tap).stdout(std::process::Stdio::null()).stderr(OwnedFd::from(theirs)).kill_on_drop(true);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
         let start = Instant::now();
         let mut child = command.spawn()?;
-        let answered = timeout(CALL_LIMIT, first(port, &from.token, exec)).await;
+        let answered = timeout(CALL_LIMIT, first(token, exec)).await;
         let time = start.elapsed();
         child.kill().await?;
         answered.context("the guest that QEMU restored doesn't answer")??;
         Ok(time)
-    }
+    })
 }
 
 /// Runs the command as soon as the agent is there.
-async fn first(port: u16, token: &str, exec: Exec) -> anyhow::Result<()> {
+async fn first(token: &str, exec: Exec) -> anyhow::Result<()> {
     loop {
-        match timeout(ATTEMPT, run(port, token, exec.clone())).await {
+        match timeout(ATTEMPT, run(token, exec.clone())).await {
             Ok(Ok(code)) => {
                 ensure!(code == 0, "the command ended with {code}");
                 return Ok(());
             }
-            // QEMU isn't up, or has the port and not yet the guest.
+            // The guest doesn't hear yet.
             Ok(Err(_)) | Err(_) => tokio::time::sleep(RETRY).await,
         }
     }
 }
 
-async fn run(port: u16, token: &str, exec: Exec) -> anyhow::Result<i32> {
-    let connection = TcpStream::connect(("127.0.0.1", port)).await?;
+async fn run(token: &str, exec: Exec) -> anyhow::Result<i32> {
+    let connection = TcpStream::connect((GUEST_V4, AGENT_PORT)).await?;
     connection.set_nodelay(true)?;
     let mut stream = agent::exec(Box::pin(connection), token, exec).await?;
     loop {
