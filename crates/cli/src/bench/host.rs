@@ -124,6 +124,13 @@ pub(super) async fn wait_until_clean(ids: &[VmId], limit: Duration) -> Vec<Strin
     }
 }
 
+/// Whether a process carries the name of one of the VMs, or is in its control groups.
+pub(super) fn is_of(process: &Process, ids: &[VmId]) -> bool {
+    let names = |text: &str| ids.iter().any(|id| text.contains(id.hex()));
+    let group = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+    process.args.iter().any(|word| names(word)) || names(&group)
+}
+
 /// Everything on the host that carries the name of one of the VMs.
 fn traces_of(ids: &[VmId]) -> Vec<String> {
     if ids.is_empty() {
@@ -132,8 +139,7 @@ fn traces_of(ids: &[VmId]) -> Vec<String> {
     let names = |text: &str| ids.iter().any(|id| text.contains(id.hex()));
     let mut found = Vec::new();
     for process in processes() {
-        let group = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
-        if process.args.iter().any(|word| names(word)) || names(&group) {
+        if is_of(&process, ids) {
             found.push(format!("process {} ({})", process.pid, process.args.join(" ")));
         }
     }

@@ -125,27 +125,24 @@ async fn restore(machine: &RawMachine, template: &Template, kvm: bool) -> anyhow
 
 /// What so many VMs take together in MiB, each of which has run a command, and what the last of them added.
 async fn clones(bench: &Bench) -> anyhow::Result<(Option<f64>, Option<f64>)> {
-    let earlier: Vec<i32> = host::processes().iter().map(|process| process.pid).collect();
     let mut ids: Vec<VmId> = Vec::new();
     let mut before = None;
     for _ in 0..CLONES {
-        before = taken(&earlier);
+        before = taken(&ids);
         let id = bench.api.create_on("qemu", 1, SIZE.mem_mb).await?;
         bench.api.exec(&id, COMMAND).await.context("a command in a clone")?;
         ids.push(id);
     }
-    let all = taken(&earlier);
+    let all = taken(&ids);
     for id in &ids {
         bench.api.delete(id).await?;
     }
     Ok((all, all.zip(before).map(|(all, before)| all - before)))
 }
 
-/// The memory of QEMU's processes and their monitors that weren't there earlier, in MiB.
-fn taken(earlier: &[i32]) -> Option<f64> {
-    let is_ours = |process: &Process| process.is_qemu() || process.is_tiffin("monitor");
-    let new = host::processes().into_iter().filter(|process| is_ours(process) && !earlier.contains(&process.pid));
-    new.filter_map(|process| host::memory(process.pid))
-        .map(|memory| memory.pss_mb * 1e6 / f64::from(1 << 20))
-        .reduce(|a, b| a + b)
+/// The memory of the VMs' QEMUs and monitors, in MiB.
+fn taken(ids: &[VmId]) -> Option<f64> {
+    let of_them = |process: &Process| (process.is_qemu() || process.is_tiffin("monitor")) && host::is_of(process, ids);
+    let memory = host::processes().into_iter().filter(of_them).filter_map(|process| host::memory(process.pid));
+    memory.map(|memory| memory.pss_mb * 1e6 / f64::from(1 << 20)).reduce(|a, b| a + b)
 }
