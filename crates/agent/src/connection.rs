@@ -10,6 +10,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 use tiffin_protocol::{Boot, Failure, FailureCode, Kind, Op, Pong, Renew, encode};
 
+use crate::callers::Callers;
 use crate::exec::{self, Ended, Guest};
 use crate::handover::Handover;
 use crate::identity::{Current, Identity};
@@ -36,6 +37,7 @@ pub struct Service {
     identity: Current,
     /// Held while the guest becomes another: one change after the other.
     renewing: Mutex<()>,
+    callers: Callers,
     guest: Arc<Guest>,
     handover: Option<Handover>,
     program: Arc<Program>,
@@ -47,6 +49,7 @@ impl Service {
         Service {
             identity: Current::new(boot.into()),
             renewing: Mutex::default(),
+            callers: Callers::default(),
             guest: Arc::new(Guest::new(jobs, reaper)),
             handover,
             program,
@@ -64,9 +67,11 @@ impl Service {
     }
 
     /// Serves one connection to its end.
-    pub fn serve(&self, socket: &TcpStream) {
+    pub fn serve(&self, socket: &Arc<TcpStream>) {
+        // Before its token is looked at: whom the old one lets in is noted by the time that it no longer holds.
+        let _entered = self.callers.enter(socket);
         // Output goes out as it comes; a socket that refuses this is only slower.
-        let _ = setsockopt(socket, sockopt::TcpNoDelay, &true);
+        let _ = setsockopt(&**socket, sockopt::TcpNoDelay, &true);
         let first = match read_first(socket, Instant::now() + REQUEST_LIMIT) {
             Ok(first) => first,
             Err(error @ (WireError::Frame(_) | WireError::Late)) => {
@@ -96,7 +101,7 @@ impl Service {
                 Ok(started) => answer(socket, &started),
                 Err(refused) => fail(socket, &refused),
             },
-            Op::Renew(renew) => match self.renew(renew) {
+            Op::Renew(renew) => match self.renew(renew, socket) {
                 Ok(()) => answer(socket, &self.pong()),
                 Err(refused) => fail(socket, &refused),
             },
@@ -112,8 +117,8 @@ impl Service {
 }
 
 impl Service {
-    /// Becomes what `renew` says.
-    fn renew(&self, renew: Renew) -> Result<(), Failure> {
+    /// Becomes what `renew` says, which came by `own`.
+    fn renew(&self, renew: Renew, own: &TcpStream) -> Result<(), Failure> {
         let renewal = Renewal::of(&renew)?;
         let _one = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
         let identity = Identity::from(renew.boot.clone());
@@ -122,7 +127,11 @@ impl Service {
             return Ok(());
         }
         renewal.apply();
+        let is_another = self.identity().token != identity.token;
         self.identity.replace(identity);
+        if is_another {
+            self.callers.hang_up_on_others(own);
+        }
         // A shell that has started knows the old host name, and has the randomness of the snapshot.
         self.guest.park.discard(&self.guest);
         Ok(())

@@ -19,6 +19,7 @@
 //! set-up is a line on standard error, and fatal only when it can't listen.
 
 pub mod boot;
+pub mod callers;
 pub mod channel;
 pub mod connection;
 pub mod exec;

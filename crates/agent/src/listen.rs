@@ -92,7 +92,7 @@ impl Pool {
                     if others == 0 {
                         self.start_worker();
                     }
-                    self.service.serve(&socket);
+                    self.service.serve(&Arc::new(socket));
                 }
                 self.open.fetch_sub(1, Ordering::Relaxed);
             }

@@ -4,7 +4,8 @@
 //! * Nothing is done unless all of the request makes sense.
 //! * It can be repeated: the same request again changes nothing. Since the old token no longer works by then, who asks
 //!   again after a lost answer asks with the new one.
-//! * Once it is answered, the new identity alone holds, for new connections and for commands that start.
+//! * Once it is answered, the new identity alone holds, for new connections and for commands that start; connections that
+//!   an older token let in are ended ([`crate::callers`]), and with them the commands that run for their callers.
 //!
 //! What could not be set becomes a line on standard error, as at boot: the guest may have spoilt its own files, and must
 //! not keep itself from being renewed by it. The answer tells the clock, which a kernel may refuse to set (gVisor takes
@@ -13,7 +14,7 @@
 //! Whoever stays who it is (the same token, name and addresses, no new machine id) only learns its resolvers and the time: that is
 //! what a change of policy comes to, and a machine's going on after it stood still.
 //!
-//! It deliberately leaves alone what runs (a restore goes on where the snapshot was taken, a change of policy is not
+//! It deliberately leaves alone whatever else runs (a restore goes on where the snapshot was taken, a change of policy is not
 //! the commands' business) and the guest's size: `cpus` and `max_pids` stay as at boot.
 
 use std::fs::OpenOptions;

@@ -107,14 +107,39 @@ fn a_renewal_that_makes_no_sense_changes_nothing() {
 }
 
 #[test]
-fn what_runs_goes_on() {
+fn what_runs_goes_on_but_for_commands_of_the_callers_that_the_guest_had_before() {
     let guest = Guest::boot();
-    let mut host = guest.dial();
-    host.request(Op::Exec(Exec { stdin: true, ..shell("echo before; read line; echo $line") }));
-    assert_eq!(host.frame(), Some((Kind::Stdout, b"before\n".to_vec())));
+    guest.shell("setsid sleep 1234 > /dev/null 2>&1 &").done();
+    let mut command = guest.dial();
+    command.request(Op::Exec(Exec { stdin: true, ..shell("echo before; read line; echo $line; exec sleep 2345") }));
+    assert_eq!(command.frame(), Some((Kind::Stdout, b"before\n".to_vec())));
+    let mut silent = guest.dial();
+    // A change of policy is nothing to whoever is connected.
+    let same = Renew {
+        machine_id: None,
+        boot: Boot { token: TOKEN.to_owned(), ..renew(guest::ADDRESS).boot },
+        ..renew(guest::ADDRESS)
+    };
+    assert_eq!(ask_as(&guest, TOKEN, Op::Renew(same)).kind, Kind::Done);
+    command.send(Kind::Stdin, b"after\n");
+    assert_eq!(command.frame(), Some((Kind::Stdout, b"after\n".to_vec())));
+
     assert_eq!(ask_as(&guest, TOKEN, Op::Renew(renew(guest::ADDRESS))).kind, Kind::Done);
-    host.send(Kind::Stdin, b"after\n");
-    assert_eq!(host.answer().text(), "after");
+    assert_eq!((command.frame(), silent.frame()), (None, None), "the callers of the guest that it was");
+    let line = "until ! pgrep -xf 'sleep 2345' > /dev/null; do sleep 0.05; done; pgrep -cxf 'sleep 1234'";
+    assert_eq!(
+        ask_as(&guest, FRESH, root(line)).text(),
+        "1",
+        "nobody's commands end, what is in the background goes on"
+    );
+
+    // The same request again, as after a lost answer, is nothing to the callers that it has now.
+    let mut command = guest.dial();
+    command.request_as(FRESH, Op::Exec(Exec { stdin: true, ..shell("echo before; read line; echo $line") }));
+    assert_eq!(command.frame(), Some((Kind::Stdout, b"before\n".to_vec())));
+    assert_eq!(ask_as(&guest, FRESH, Op::Renew(renew(guest::ADDRESS))).kind, Kind::Done);
+    command.send(Kind::Stdin, b"after\n");
+    assert_eq!(command.answer().text(), "after");
 }
 
 #[test]
