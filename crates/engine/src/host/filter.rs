@@ -65,7 +65,8 @@ fn halves(net: IpNet) -> Vec<IpNet> {
 }
 
 /// The rules of a gateway. `host` are the host's own addresses. Every packet is judged by the policy, that of an open
-/// connection too, in both directions: so a policy that changes changes what is open.
+/// connection too, in both directions: so a policy that changes changes what is open. What a guest still sends on connections to
+/// the gateway that it was saved with is answered by a reset, and is no denied attempt.
 pub fn gateway_rules(policy: &EgressPolicy, host: &[IpAddr]) -> String {
     let sets = Sets::new(policy, host);
     let mut rules = String::from("table inet tiffin {\n");
@@ -132,6 +133,7 @@ pub fn gateway_rules(policy: &EgressPolicy, host: &[IpAddr]) -> String {
   iifname {GATEWAY_LINK} ip6 saddr != {GUEST_V6} drop
 {dns}  iifname {GATEWAY_LINK} icmp type echo-request accept
   iifname {GATEWAY_LINK} icmpv6 type echo-request accept
+  iifname {GATEWAY_LINK} tcp flags & (fin | syn | rst | ack) != syn reject with tcp reset
   iifname {GATEWAY_LINK} goto denied
  }}
  chain forward {{
