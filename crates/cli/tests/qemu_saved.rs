@@ -8,6 +8,8 @@
 
 #[path = "vms/harness.rs"]
 mod harness;
+#[path = "vms/saved.rs"]
+mod saved;
 
 use std::{
     fs,
@@ -16,11 +18,15 @@ use std::{
     time::Duration,
 };
 
-use harness::{Host, eventually, sh};
-use tiffin_engine::Engine;
+use harness::{Host, eventually, sh, shell};
+use saved::{TALK, another, ask, background, restored, save, small};
+use tiffin_engine::{
+    Engine, EngineError, Target,
+    agent::{self, ExecItem},
+};
 use tiffin_types::{
     id::{SnapshotId, VmId},
-    vm::{EngineName, VmSpec},
+    vm::{EndReason, EngineName, VmSpec},
 };
 
 /// KiB of memory that a VM's emulator takes: its share where several have the same pages, and as if it were alone.
@@ -203,4 +209,54 @@ async fn a_damaged_template_is_left_and_made_anew() {
     assert!(!third.exists(), "a ruin is removed");
     assert!(!started(&host).await.1);
     assert_eq!(templates(&host), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_is_saved_with_commands_and_deleted_files_open_and_its_copy_has_no_callers() {
+    let host = Host::with(EngineName::Qemu).await;
+    let spec = small(&host);
+    let id = host.running_as(spec.clone()).await;
+    background(&host, &id, TALK, "ready").await;
+    let hold = "(exec 9<> gone; rm gone; echo held >&9; exec sleep 1234) > /dev/null 2>&1 & mkfifo go; echo";
+    said(&host, &id, hold).await;
+    let held = "cat /proc/$(pgrep -x sleep)/fd/9";
+    eventually("the file is gone", async || said(&host, &id, held).await == "held").await;
+    let agent = host.engine.dial(&id, Target::Agent).await.unwrap();
+    let token = host.engine.agent_token(&id).await.unwrap();
+    let mut stream = agent::exec(agent, &token, shell("echo begun; cat go; echo done")).await.unwrap();
+    assert_eq!(harness::next_line(&mut stream).await, "begun");
+    let _silent = host.engine.dial(&id, Target::Agent).await.unwrap();
+    let snapshot = save(&host, &id).await;
+
+    // In the copy nobody waits for the command any more; what is in the background goes on.
+    let clone = restored(&host, &spec, &snapshot).await;
+    eventually("the command is gone", async || said(&host, &clone, "pgrep -x cat || echo none").await == "none").await;
+    assert_eq!((ask(&host, &clone).await.as_str(), said(&host, &clone, held).await.as_str()), ("echo\n", "held"));
+    // That its connections are dead is no attempt of the guest's to reach anything.
+    let denied = host.engine.denied(&clone).await.unwrap();
+    assert_eq!(denied.total, 0, "{denied:?}");
+    // It can be saved as any other, and ends in order.
+    let again = save(&host, &clone).await;
+    assert_eq!(host.engine.stop(&clone, Duration::from_secs(20)).await.unwrap().reason, EndReason::Requested);
+
+    // To whoever called the source nothing has happened.
+    said(&host, &id, "echo on > go").await;
+    assert_eq!(harness::next_line(&mut stream).await, "on");
+    assert_eq!(harness::next_line(&mut stream).await, "done");
+    assert!(matches!(stream.next().await.unwrap(), ExecItem::Done(done) if done.exit_code == 0));
+    assert_eq!(ask(&host, &id).await, "echo\n");
+    for id in [id, clone] {
+        host.engine.destroy(&id).await.unwrap();
+    }
+
+    // A state that QEMU doesn't take fails a restore, and the disk, which may have changed, isn't booted from.
+    let failing = another(&spec);
+    host.engine.create_from(&failing, &again).await.unwrap();
+    let state = host.folder(&failing.id).join("memory/state");
+    fs::remove_file(&state).unwrap();
+    fs::write(&state, b"no state").unwrap();
+    let Err(EngineError::Ended(report)) = host.engine.start(&failing.id).await else { panic!("it can't start") };
+    assert_eq!(report.reason, EndReason::BootFailed, "{report:?}");
+    assert_eq!(harness::leftovers(&host, std::slice::from_ref(&failing.id)), Vec::<String>::new());
+    host.engine.destroy(&failing.id).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! The whole program with real VMs, killed at every point of a save, a removal, a restore, a fork and a claim of the
+//! The whole program with real VMs of either engine, killed at every point of a save, a removal, a restore, a fork and a claim of the
 //! pool. After each: nothing half done is listed or on the host, what was whole is whole, and a second try works.
 
 #![allow(
@@ -14,10 +14,17 @@ mod server;
 
 use std::time::Duration;
 
-use harness::eventually;
+use harness::{eventually, on_both_engines};
 use serde_json::{Value, json};
 use server::{Answer, Site, small};
-use tiffin_types::id::VmId;
+use tiffin_types::{id::VmId, vm::EngineName};
+
+on_both_engines!(
+    a_save_or_removal_that_was_cut_short_leaves_no_snapshot_and_a_vm_that_runs,
+    a_restore_that_was_cut_short_leaves_one_vm_or_none_and_its_key_still_makes_one,
+    a_fork_that_was_cut_short_leaves_all_clones_or_none_and_its_key_still_makes_them,
+    a_claim_of_the_pool_that_was_cut_short_leaves_no_vm_and_its_key_still_makes_one,
+);
 
 /// What a saved VM is found by: a file in memory, which no boot would keep, and a process.
 const LEAVE_TRACES: &str = "echo mine > /dev/shm/file; nohup sleep 4321 >/dev/null 2>&1 & echo";
@@ -101,9 +108,8 @@ async fn others(site: &Site, id: &VmId) -> Vec<(VmId, String)> {
     site.list().await.into_iter().filter(|(one, _)| one != id).collect()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_save_or_removal_that_was_cut_short_leaves_no_snapshot_and_a_vm_that_runs() {
-    let mut site = Site::start(&[]).await;
+async fn a_save_or_removal_that_was_cut_short_leaves_no_snapshot_and_a_vm_that_runs(engine: EngineName) {
+    let mut site = Site::start_with(engine, &[]).await;
     let source = source(&site).await;
     let kept = save(&site, &source).await;
     let path = format!("/v1/vms/{source}/snapshots");
@@ -116,7 +122,8 @@ async fn a_save_or_removal_that_was_cut_short_leaves_no_snapshot_and_a_vm_that_r
         assert_eq!(site.ask("DELETE", &format!("/v1/snapshots/{again}"), None).await.status, 204, "{point}");
     }
     // And at moments that have no name, in which the VM stands still.
-    for millis in [5, 40, 120, 250] {
+    let moments: &[u64] = if engine == EngineName::Qemu { &[40, 250] } else { &[5, 40, 120, 250] };
+    for millis in moments.iter().copied() {
         let asked = ask(&site, "", "POST", &path, None);
         let _ = tokio::time::timeout(Duration::from_millis(millis), asked).await;
         site.kill().await;
@@ -152,9 +159,8 @@ async fn a_save_or_removal_that_was_cut_short_leaves_no_snapshot_and_a_vm_that_r
     has_only(&site, &[&kept], "without VMs").await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_restore_that_was_cut_short_leaves_one_vm_or_none_and_its_key_still_makes_one() {
-    let mut site = Site::start(&[]).await;
+async fn a_restore_that_was_cut_short_leaves_one_vm_or_none_and_its_key_still_makes_one(engine: EngineName) {
+    let mut site = Site::start_with(engine, &[]).await;
     let source = source(&site).await;
     let kept = save(&site, &source).await;
     for point in ["after_engine_create", "after_engine_start", "before_running_commit", "after_running_commit"] {
@@ -175,9 +181,8 @@ async fn a_restore_that_was_cut_short_leaves_one_vm_or_none_and_its_key_still_ma
     has_only(&site, &[&kept], "the end").await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_fork_that_was_cut_short_leaves_all_clones_or_none_and_its_key_still_makes_them() {
-    let mut site = Site::start(&[]).await;
+async fn a_fork_that_was_cut_short_leaves_all_clones_or_none_and_its_key_still_makes_them(engine: EngineName) {
+    let mut site = Site::start_with(engine, &[]).await;
     let source = source(&site).await;
     let kept = save(&site, &source).await;
     let path = format!("/v1/vms/{source}/fork");
@@ -203,9 +208,8 @@ async fn a_fork_that_was_cut_short_leaves_all_clones_or_none_and_its_key_still_m
     has_only(&site, &[&kept], "the end").await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_claim_of_the_pool_that_was_cut_short_leaves_no_vm_and_its_key_still_makes_one() {
-    let mut site = Site::start(&[]).await;
+async fn a_claim_of_the_pool_that_was_cut_short_leaves_no_vm_and_its_key_still_makes_one(engine: EngineName) {
+    let mut site = Site::start_with(engine, &[]).await;
     let witness = source(&site).await;
     site.kill().await;
     site.settings = ["pool.max_vms=1", "pool.keep=1x128=1"].map(str::to_owned).to_vec();
