@@ -47,7 +47,8 @@ holds '.openapi | startswith("3.")'
 say "==> VMs"
 create '{"cpu": 1, "memMb": 256, "allowIps": ["172.16.0.1/32"], "outboundInternet": true, "diskSizeMb": 512}'
 holds '(.id | startswith("vm-")) and .state == "RUNNING" and .cpu == 1 and .memMb == 256 and .guestIp == "172.16.0.2"'
-holds ".provisionMode == \"boot\" and (.createdAt | $is_date)"
+# A VM of QEMU's boots the first time, and begins with its template from then on.
+holds "(.provisionMode == \"boot\" or (.engine == \"qemu\" and .provisionMode == \"snapshot\")) and (.createdAt | $is_date)"
 header RateLimit-
 call 200 GET /v1/vms
 holds "any(.[]; .id == \"$vm\")"
