@@ -122,7 +122,7 @@ async fn a_save_or_removal_that_was_cut_short_leaves_no_snapshot_and_a_vm_that_r
         assert_eq!(site.ask("DELETE", &format!("/v1/snapshots/{again}"), None).await.status, 204, "{point}");
     }
     // And at moments that have no name, in which the VM stands still.
-    let moments: &[u64] = if engine == EngineName::Qemu { &[40, 250] } else { &[5, 40, 120, 250] };
+    let moments: &[u64] = if engine == EngineName::Qemu { &[120] } else { &[5, 40, 120, 250] };
     for millis in moments.iter().copied() {
         let asked = ask(&site, "", "POST", &path, None);
         let _ = tokio::time::timeout(Duration::from_millis(millis), asked).await;

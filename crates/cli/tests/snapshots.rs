@@ -53,7 +53,7 @@ on_both_engines!(
 /// How far the clock of a restored guest may be off, and how old its snapshot is at least, in milliseconds. An emulated
 /// guest takes its time until it sets what it was told.
 fn clock_ms(engine: EngineName) -> (i64, i64) {
-    if engine == EngineName::Qemu { (3000, 5000) } else { (500, 2000) }
+    if engine == EngineName::Qemu { (4500, 7000) } else { (500, 2000) }
 }
 
 async fn what_ran_goes_on_with_the_right_time_and_randomness_of_its_own(engine: EngineName) {
