@@ -7,7 +7,7 @@
 //!   root: overlay of /agent over the image, written to the disk's `upper`
 //! ```
 //!
-//! The modules are of one kernel; another one, which came with the image, has to have all of it built in ([`needs`]).
+//! The modules are of one kernel; another one, which came with the image, has to have all of it built in (`init/needs.rs`).
 //!
 //! Under an OCI engine all of this is done before the agent starts. What fails here is told to the monitor, where the way to
 //! it is there, and on the kernel's console ([`tell`]), and the guest ends: there is nobody to go on without a root.
