@@ -274,7 +274,7 @@ fn an_unfit_host_is_refused_with_what_is_missing_and_what_to_do() {
         serve(folder.path(), 0).args(["--set", "engine=gvisor", "--set", "runsc=/nonexistent/runsc"]).output().unwrap();
     assert_eq!(out.status.code(), Some(1));
     let told = text(&out.stderr);
-    assert!(told.contains("FAIL gvisor: /nonexistent/runsc") && told.contains("install runsc"), "{told}");
+    assert!(told.contains("FAIL gvisor: no /nonexistent/runsc") && told.contains("install runsc"), "{told}");
     assert!(!folder.path().join("data").exists());
 }
 
