@@ -25,6 +25,9 @@ use crate::host::network::{self, GUEST_V4};
 
 /// How long a connection into the guest may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same for the first attempt to reach a guest that is just going on: what was sent before it listened is lost, and TCP would
+/// send it again after a second only.
+const FIRST_DIAL: Duration = Duration::from_millis(20);
 /// How long the agent has for an answer that needs no waiting.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long it has to look for a program and start it.
@@ -49,8 +52,8 @@ pub(super) fn begin_dial(port: u16) -> io::Result<OwnedFd> {
 }
 
 /// A connection to the agent.
-fn dial() -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST_V4, AGENT_PORT)), DIAL_TIMEOUT)?;
+fn dial(within: Duration) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST_V4, AGENT_PORT)), within)?;
     set_up(&stream, AGENT_PORT)?;
     Ok(stream)
 }
@@ -117,10 +120,12 @@ fn link(ipv6: bool) -> Link {
 /// Makes a guest that was saved under `old_token` this VM: asks until the agent is there and has answered.
 pub(super) fn become_this(vm: &Vm, old_token: &str, deadline: Instant) -> io::Result<()> {
     let machine_id = hex::encode(rand::random::<[u8; 16]>());
-    let mut token = old_token;
+    let (mut token, mut patience) = (old_token, FIRST_DIAL);
     loop {
         // Made anew each time: it tells the time.
-        let asked = ask(token, Op::Renew(renewal(vm, Some(machine_id.clone()))), ANSWER);
+        let renewal = || Op::Renew(renewal(vm, Some(machine_id.clone())));
+        let asked = dial(patience).and_then(|agent| ask_by(agent, token, renewal(), ANSWER));
+        patience = (patience * 2).min(DIAL_TIMEOUT);
         match asked {
             Ok(Answer::Done) => return Ok(()),
             // An earlier request was done, and only its answer lost.
@@ -171,7 +176,10 @@ pub(super) enum Answer {
 }
 
 fn ask(token: &str, op: Op, within: Duration) -> io::Result<Answer> {
-    let mut agent = dial()?;
+    ask_by(dial(DIAL_TIMEOUT)?, token, op, within)
+}
+
+fn ask_by(mut agent: TcpStream, token: &str, op: Op, within: Duration) -> io::Result<Answer> {
     agent.set_read_timeout(Some(within))?;
     agent.set_write_timeout(Some(ANSWER))?;
     let request = Request { token: token.to_owned(), op };
