@@ -83,7 +83,12 @@ impl Templates {
                 self.remove(&id);
                 Ok(false)
             }
-            Err(error) => Err(error),
+            Err(full @ EngineError::NoCapacity(_)) => Err(full),
+            // One that is just being removed, say: the VM can do without it.
+            Err(error) => {
+                tracing::warn!(template = %id, "a VM boots, as its template can't be had: {error}");
+                Ok(false)
+            }
         }
     }
 
